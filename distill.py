@@ -1,0 +1,245 @@
+"""Module replacing and distillation: the losses, each under its equation, and one training loop.
+
+Every way of training here is the same step with more or less in it:
+    modules       a path is drawn, its modules train inside the frozen teacher, all four losses
+    Theseus       the same with one granularity and cross-entropy alone (https://arxiv.org/abs/2002.02925)
+    KD            a fixed smaller student, all of it trains, all four losses (https://arxiv.org/abs/1503.02531)
+    SFT           shrink and fine-tune: the same student, cross-entropy alone (https://arxiv.org/abs/2010.13002)
+    pseudo-labels SFT on the teacher's own outputs
+    the teacher   fine-tuning or training from scratch: a "student" with all the layers and cross-entropy alone
+
+    pytest tests/test_distill.py
+"""
+import copy
+import math
+import os
+import random
+import time
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import T5, T5Config
+from modules import STACKS, path_of, realised_rate, replacement_rate, sample_path
+
+WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 1.0}
+CE_ONLY = {"ce": 1.0}
+
+
+# ---- the losses: N counts the non-pad target tokens, V the vocabulary
+
+def cross_entropy(logits, targets):
+    """L_ce = -1/N sum_n log p_student(y_n | y_<n, x).  logits (N, V), targets (N,) -> scalar."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def logit_distillation(student, teacher):
+    """L_kd = 1/N sum_n KL(p_teacher || p_student), both at temperature 1.  Two (N, V) logits -> scalar.
+
+    The mean is over tokens: torch's "batchmean" would divide by the batch and grow with the sentences' length.
+    """
+    teacher, student = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) / len(student)
+
+
+def hidden_distillation(student, teacher, mask):
+    """L_hid = 1/N sum_n |s_n - t_n|^2 / mean_m |t_m|^2: the squared error as a share of the teacher's own size, so
+    that early layers, whose states are small, count like late ones.  Two (B, T, d_model), mask (B, T) -> scalar."""
+    student, teacher = student[mask].float(), teacher[mask].float()
+    return (student - teacher).square().sum(-1).mean() / teacher.square().sum(-1).mean()
+
+
+def attention_distillation(student, teacher, mask):
+    """L_att = 1/(N H) sum_n,h KL(a_teacher || a_student) of the distributions over keys.
+
+    Two (B, H, T, K) probabilities, mask (B, T) of the query tokens -> scalar. Keys that the mask hides have
+    probability 0 in both and add nothing; 1e-9 keeps the logarithm finite where only the student's underflows.
+    """
+    student, teacher = (p.transpose(1, 2)[mask].float() for p in (student, teacher))      # (N, H, K)
+    return (teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())).sum(-1).mean()
+
+
+# ---- the step's loss
+
+def shift_right(targets, config):
+    """(B, T) targets -> the decoder's input: the start token, then the targets but the last."""
+    start = targets.new_full((targets.size(0), 1), config.decoder_start_token_id)
+    return torch.cat([start, targets[:, :-1]], dim=1)
+
+
+def losses(student, source, target, weights, teacher=None, layers=None, paths=None):
+    """All terms of one batch, unweighted: {"ce": scalar, "logits": ..., "hidden": ..., "attention": ...}.
+
+    source (B, S) and target (B, T) are padded token ids. Both models run freely: the student's decoder reads the
+    student's memory, the teacher's the teacher's, so the student is trained on what it will see alone.
+    layers: {"encoder": list, "decoder": list} to run in place of the student's own.
+    paths: {"encoder": path, "decoder": path}: layer i of the student stands for span i of the teacher, and is held
+    against the state after the span's last layer and the attention within that layer.
+    """
+    config = student.config
+    layers = layers or {"encoder": None, "decoder": None}
+    masks = {"encoder": source != config.pad_token_id, "decoder": target != config.pad_token_id}
+    inputs, real = shift_right(target, config), masks["decoder"]
+    probs = "attention" in weights
+    ours = {"encoder": student.encode(source, layers["encoder"], probs)}
+    ours["decoder"] = student.decode(inputs, ours["encoder"].hidden, masks["encoder"], layers["decoder"], probs)
+    logits = student.logits(ours["decoder"].hidden[real])  # the head runs on real tokens only: (N, V)
+    terms = {"ce": cross_entropy(logits, target[real])}
+    if teacher is None:
+        return terms
+    with torch.no_grad():
+        theirs = {"encoder": teacher.encode(source, need_probs=probs)}
+        theirs["decoder"] = teacher.decode(inputs, theirs["encoder"].hidden, masks["encoder"], need_probs=probs)
+        teacher_logits = teacher.logits(theirs["decoder"].hidden[real])
+    terms["logits"] = logit_distillation(logits, teacher_logits)
+    hidden, attention = [], []
+    for stack in STACKS:
+        for i, (start, stop) in enumerate(paths[stack]):
+            if stop - start == 1 and student is teacher:
+                continue  # the teacher's own layer: nothing of it can learn
+            hidden.append(hidden_distillation(ours[stack].states[i], theirs[stack].states[stop - 1], masks[stack]))
+            for s, t in zip(ours[stack].probs[i], theirs[stack].probs[stop - 1]) if probs else ():
+                attention.append(attention_distillation(s, t, masks[stack]))
+    if hidden:
+        terms["hidden"] = torch.stack(hidden).mean()
+    if attention:
+        terms["attention"] = torch.stack(attention).mean()
+    return terms
+
+
+# ---- the two kinds of training
+
+def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.6, **loop):
+    """Module replacing: draw an encoder and a decoder path, run them, move the bank. The teacher is frozen but lets
+    gradients through, and runs without dropout where its layers stand in a path. **loop goes to `fit`."""
+    teacher.eval().requires_grad_(False)
+    bank.train()
+    distilling = teacher if set(weights) != set(CE_ONLY) else None
+
+    def step_loss(step, source, target):
+        rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
+        depth = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
+        paths = {stack: sample_path(depth[stack], bank.spans[stack], rate, rng) for stack in STACKS}
+        layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}
+        terms = losses(teacher, source, target, weights, distilling, layers, paths)
+        return terms, {"rate": rate, **{f"rate_{s}": realised_rate(paths[s], bank.spans[s]) for s in STACKS}}
+
+    fit(bank, step_loss, batches, steps, seed=seed, weights=weights, **loop)
+
+
+def train_student(student, batches, steps, teacher=None, seed=0, weights=CE_ONLY, **loop):
+    """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the teacher's.
+    Without: shrink-and-fine-tune, pseudo-labels, or the teacher itself. **loop goes to `fit`."""
+    student.train().requires_grad_(True)
+    paths = None
+    if teacher is not None:
+        teacher.eval().requires_grad_(False)
+        paths = {s: spread(len(getattr(teacher, s).layers), len(getattr(student, s).layers)) for s in STACKS}
+    fit(student, lambda step, source, target: (losses(student, source, target, weights, teacher, paths=paths), {}),
+        batches, steps, seed=seed, weights=weights, **loop)
+    student.eval()
+
+
+def spread(n, k):
+    """k spans that tile n layers as evenly as can be: layer i of a static student stands for span i."""
+    ends = [round(n * (i + 1) / k) for i in range(k)]
+    return path_of([stop - start for start, stop in zip([0, *ends], ends)])
+
+
+def shrink(teacher, encoder_layers, decoder_layers):
+    """A smaller T5 whose layers are copies of the teacher's, evenly spaced from the first to the last.
+
+    Shleifer & Rush 2020, section 3.1 (https://arxiv.org/abs/2010.13002). Raises ValueError for a depth beyond the
+    teacher's or below 1.
+    """
+    config = T5Config(**{**vars(teacher.config), "num_layers": encoder_layers, "num_decoder_layers": decoder_layers})
+    with torch.device("meta"):
+        student = T5(config)
+    for stack, k in zip(STACKS, (encoder_layers, decoder_layers)):
+        own, source = getattr(student, stack), getattr(teacher, stack)
+        if not 1 <= k <= len(source.layers):
+            raise ValueError(f"a student of {k} {stack} layers: the teacher has {len(source.layers)}")
+        kept = [round(i * (len(source.layers) - 1) / max(k - 1, 1)) for i in range(k)]
+        own.layers = copy.deepcopy(torch.nn.ModuleList(source.layers[i] for i in kept))
+        own.positions, own.norm = copy.deepcopy(source.positions), copy.deepcopy(source.norm)
+    student.embedding, student.head = copy.deepcopy((teacher.embedding, teacher.head))  # together: they may be one
+    return student
+
+
+# ---- the loop
+
+def learning_rate(step, steps, peak, warmup=0.05):
+    """Linear from 0 over the first 5 % of the steps, then linear down to 0 at the last."""
+    rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.float32, name="", log=None,
+        checkpoint=None, save_every=60.0, quiet=False):
+    """Move the parameters of `trained` for `steps` steps of AdamW.
+
+    step_loss(step, source, target) -> (terms, facts): unweighted loss terms by name, and numbers to log.
+    batches[k] gives step k's (source, target), so all that a step does follows from (seed, step): a run that was cut
+    off goes on from its last checkpoint as if nothing had happened, bit for bit on a CPU.
+    dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`).
+    log(record) receives a dict every 1 % of the steps. checkpoint: a path, written every `save_every` seconds.
+    Raises FloatingPointError, naming the step and the terms, for a loss that is not finite.
+    """
+    parameters = list(trained.parameters())
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    first = load_checkpoint(checkpoint, name, trained, optimizer, scaler)
+    saved, started, tokens = time.monotonic(), time.monotonic(), 0
+    for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=None)):
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout
+        source, target = (ids.to(device, non_blocking=True) for ids in batches[step])
+        with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
+            terms, facts = step_loss(step, source, target)
+        loss = sum(weights[term] * value for term, value in terms.items())
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
+            raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}")
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        tokens += source.numel() + target.numel()
+        if step == first or (step + 1) % max(1, steps // 100) == 0 or step + 1 == steps:
+            speed = tokens / (time.monotonic() - started)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
+            if log:
+                log({"stage": name, "step": step + 1, "steps": steps, "loss": loss.item(),
+                     **{term: value.item() for term, value in terms.items()},
+                     **{f"{term}_weighted": weights[term] * value.item() for term, value in terms.items()},
+                     **facts, "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
+        if checkpoint and (time.monotonic() - saved > save_every) and step + 1 < steps:
+            save_checkpoint(checkpoint, name, step + 1, trained, optimizer, scaler)
+            saved = time.monotonic()
+
+
+def save_checkpoint(path, name, step, trained, optimizer, scaler):
+    """Write the state after `step` steps of stage `name`; the old file stays until the new one is complete."""
+    torch.save({"stage": name, "step": step, "weights": trained.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict()}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_checkpoint(path, name, trained, optimizer, scaler):
+    """Restore what `save_checkpoint` wrote, if it is there and of this stage. Returns the step to go on from."""
+    if path is None or not os.path.exists(path):
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["stage"] != name:
+        return 0
+    trained.load_state_dict(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]

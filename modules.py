@@ -1,0 +1,147 @@
+"""Modularized layers: spans, paths, the bank, and how a training step draws a path.
+
+    teacher   0  1  2  3  4  5  6  7  8  9 10 11       twelve layers of one stack
+    path     [0][ 1-- 3 ][4][5][  6 ------ 11  ]       spans that tile them: here 5 layers do the work of 12
+
+A span (start, stop) of length 1 is the teacher's own layer, a longer one a *module*: one layer that has learnt to turn
+the hidden state before layer `start` into the one after layer `stop - 1`. Since a module's input and output are hidden
+states of the teacher, modules and the teacher's layers fit together in any order that tiles the stack: the training
+step samples such a path, an assembly chooses one. Modular Transformers, https://arxiv.org/abs/2306.02379.
+
+    pytest tests/test_modules.py
+"""
+import copy
+import re
+
+import torch
+from torch import nn
+
+from model import read_safetensors, write_safetensors
+
+STACKS = ("encoder", "decoder")
+
+
+def divisors(n):
+    """The granularities that tile n layers with equal spans, from 2 to 6, as far as the paper's 6x: 12 -> 2, 3, 4, 6."""
+    return [g for g in range(2, 7) if n % g == 0]
+
+
+def module_spans(n, granularities):
+    """All spans of modules in a stack of n layers: each granularity g tiles it, (0, g), (g, 2g), ...
+
+    Spans start at multiples of their own length, so that every path of modules alone ends exactly at n.
+    Raises ValueError for a granularity that does not divide n.
+    """
+    for g in granularities:
+        if g < 2 or n % g:
+            raise ValueError(f"granularity {g} does not tile {n} layers; possible: "
+                             f"{[g for g in range(2, n + 1) if n % g == 0]}")
+    return [(start, start + g) for g in granularities for start in range(0, n, g)]
+
+
+def check_path(path, n, spans):
+    """Raise ValueError unless `path` tiles [0, n) in order with single layers and the modules in `spans`."""
+    position = 0
+    for start, stop in path:
+        if start != position or stop <= start:
+            raise ValueError(f"path {path}: a span that starts at layer {position} must come before {(start, stop)}")
+        if stop - start > 1 and (start, stop) not in spans:
+            raise ValueError(f"path {path}: no module was trained for layers {start}-{stop - 1}; "
+                             f"there are {sorted(spans)}")
+        position = stop
+    if position != n:
+        raise ValueError(f"path {path}: covers {position} of {n} layers")
+
+
+def path_of(lengths):
+    """Span lengths in order -> a path: [2, 1, 3] -> [(0, 2), (2, 3), (3, 6)]."""
+    path, start = [], 0
+    for length in lengths:
+        path.append((start, start + length))
+        start += length
+    return path
+
+
+class Bank(nn.Module):
+    """All modularized layers of both stacks: one layer of the teacher's own kind for each span.
+
+    granularities: {"encoder": [2, 3], "decoder": [2, 3]}; by default all of `divisors`.
+    init: "average" starts a module as the mean of its span's layers, "first" as a copy of the first of them.
+    """
+    def __init__(self, teacher, granularities=None, init="first"):
+        super().__init__()
+        self.spans = {}
+        for stack in STACKS:
+            layers = getattr(teacher, stack).layers
+            chosen = divisors(len(layers)) if granularities is None else granularities[stack]
+            self.spans[stack] = module_spans(len(layers), chosen)
+            modules = {f"{start}-{stop}": merge(layers[start:stop], init) for start, stop in self.spans[stack]}
+            setattr(self, stack, nn.ModuleDict(modules))
+        self.requires_grad_(True)
+
+    def layers(self, teacher, stack, path):
+        """The list of layers that `path` names in one stack, for `T5.encode` or `T5.decode` to run."""
+        own, modules = getattr(teacher, stack).layers, getattr(self, stack)
+        return [own[start] if stop - start == 1 else modules[f"{start}-{stop}"] for start, stop in path]
+
+
+@torch.no_grad()
+def merge(layers, init):
+    """One new layer from several: their first, or the mean of their weights."""
+    module = copy.deepcopy(layers[0])
+    if init == "average":
+        for parameter, *others in zip(module.parameters(), *(layer.parameters() for layer in layers)):
+            parameter.copy_(torch.stack(others).mean(0))
+    elif init != "first":
+        raise ValueError(f"init is {init!r}, not 'first' or 'average'")
+    return module
+
+
+def save_bank(bank, path):
+    """Write all modules to one safetensors file, under names such as "encoder.0-2.self_attention.q.weight"."""
+    write_safetensors(bank.state_dict(), path)
+
+
+def load_bank(path, teacher):
+    """Read a `save_bank` file for this teacher. Raises ValueError naming the file and the tensor that does not fit."""
+    weights = read_safetensors(path)
+    names = [re.match(r"(encoder|decoder)\.(\d+)-(\d+)\.", name) for name in weights]
+    if not names or not all(names):
+        raise ValueError(f"{path}: not a bank of modules")
+    granularities = {stack: sorted({int(m[3]) - int(m[2]) for m in names if m[1] == stack}) for stack in STACKS}
+    bank = Bank(teacher, granularities)
+    for name, parameter in bank.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise ValueError(f"{path}: tensor {name} is missing or does not fit the teacher")
+    bank.load_state_dict(weights)
+    return bank
+
+
+def replacement_rate(step, steps, start=0.5, rise=0.6):
+    """The rate r(t) of a step: linear from `start` to 1 over the first share `rise` of all steps, 1 after it.
+
+    BERT-of-Theseus, section 3.3 (https://arxiv.org/abs/2002.02925): at first modules learn beside the teacher's
+    layers, in the end beside each other, as they will run. start=1 is a constant rate of 1; rise=0 likewise.
+    """
+    return min(1.0, start + (1.0 - start) * step / (rise * steps)) if rise > 0 else 1.0
+
+
+def sample_path(n, spans, rate, rng):
+    """Draw a path through n layers: walk from 0; wherever modules start, one draw takes a module with probability
+    `rate`, any of those that start there with equal chance (multi-grained replacing), else the teacher's layer.
+
+    rng: random.Random. One draw a position, not one a stack: a module must meet every neighbourhood.
+    """
+    path, start = [], 0
+    while start < n:
+        here = [span for span in spans if span[0] == start]
+        path.append(rng.choice(here) if here and rng.random() < rate else (start, start + 1))
+        start = path[-1][1]
+    return path
+
+
+def realised_rate(path, spans):
+    """The share of this path's positions with a choice that took a module."""
+    starts = {start for start, _ in spans}
+    drawn = [stop - start > 1 for start, stop in path if start in starts]
+    return sum(drawn) / len(drawn)

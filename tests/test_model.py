@@ -1,0 +1,883 @@
+"""
+model.py: parity with Hugging Face on random weights, the invariants of T5, checkpoints and their errors. About 10 s:
+
+    python -m pytest tests/test_model.py
+
+What Hugging Face answers is frozen in tests/fixtures by tests/make_fixtures.py, which also checks the way back (that
+Hugging Face reads what save_t5 writes): the tests themselves do not need that library.
+"""
+
+import http.server
+import io
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import model as m  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ("t5_tied", "t5_gated", "t5_asymmetric")
+TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only get into each other's way on models of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def load(name="t5_tied"):
+    """(model, {key: tensor}) of a fixture."""
+    with np.load(FIXTURES / name / "expected.npz") as file:
+        return m.load_t5(FIXTURES / name), {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def tiny(**options):
+    """A random model of 2 + 2 layers that is not in a file; its weights are larger than at initialisation."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "num_heads": 3, "d_ff": 32, "num_layers": 2,
+             "num_decoder_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+    model = m.T5(m.T5Config(**sizes | options)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name and "embedding" not in name:
+                weight.copy_(torch.randn_like(weight) * 0.4)
+    return model
+
+
+def padded(rows):
+    """[[id, ...], ...] -> (B, S), padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+# ----------------------------------------------------------------------------- the same numbers as Hugging Face
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_logits_are_hugging_faces(name):
+    model, expected = load(name)
+    tokens = expected["input_ids"] != 0
+    hidden = model.encode(expected["input_ids"]).hidden
+    assert relative(hidden[tokens], expected["encoder"][tokens]) <= 2e-5, "the encoder differs from Hugging Face's"
+    logits = model(expected["input_ids"], expected["decoder_ids"])
+    assert logits.shape == expected["logits"].shape, "logits are (B, T, vocab)"
+    assert relative(logits, expected["logits"]) <= 2e-5, "the decoder or the head differs from Hugging Face's"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_ids_are_hugging_faces(name):
+    model, expected = load(name)
+    ids = model.generate(expected["input_ids"], max_new_tokens=20)
+    assert ids.tolist() == expected["greedy"].tolist(), "greedy search must choose the same ids as Hugging Face's"
+
+
+@pytest.mark.parametrize("penalty", (0.6, 1.0, 2.0))
+@pytest.mark.parametrize("name", NAMES)
+def test_beam_ids_are_hugging_faces(name, penalty):
+    model, expected = load(name)
+    ids = model.generate(expected["input_ids"], max_new_tokens=20, num_beams=4, length_penalty=penalty)
+    assert ids.tolist() == expected[f"beam4_{penalty}"].tolist(), "4 beams must find the same ids as Hugging Face's"
+
+
+def test_fixtures_tell_the_searches_apart():
+    _, expected = load("t5_tied")
+    lengths = {key: tuple((ids != 0).sum(1).tolist()) for key, ids in expected.items()
+               if key == "greedy" or key.startswith("beam")}
+    assert len(set(lengths.values())) == 4, "a fixture on which every search answers alike would test nothing"
+
+
+# ----------------------------------------------------------------------------- the parts, by hand
+
+
+@pytest.mark.parametrize("bidirectional, pairs", [
+    # 32 buckets, 16 a side: 8 exact ones, then 8 up to distance 128; keys to the right come second.
+    (True, {0: 0, -1: 1, -7: 7, -8: 8, -9: 8, -16: 10, -127: 15, -128: 15, -1000: 15, 1: 17, 7: 23, 8: 24, 128: 31}),
+    # 16 exact ones, then 16 up to 128; keys to the right are masked and share bucket 0.
+    (False, {0: 0, -1: 1, -15: 15, -16: 16, -32: 21, -127: 31, -128: 31, -5000: 31, 1: 0, 100: 0})])
+def test_buckets_by_hand(bidirectional, pairs):
+    buckets = m.relative_position_bucket(torch.tensor(list(pairs)), bidirectional, 32, 128)
+    assert dict(zip(pairs, buckets.tolist())) == pairs, "distance (key minus query) -> bucket, T5's section 2.1"
+
+
+def test_buckets_are_hugging_faces():
+    with np.load(FIXTURES / "buckets.npz") as tables:
+        for name in set(tables.files) - {"distance"}:
+            kind, buckets, far = name.split("_")
+            ours = m.relative_position_bucket(torch.from_numpy(tables["distance"]), kind == "both", int(buckets),
+                                              int(far))
+            assert ours.tolist() == tables[name].tolist(), f"{name}: buckets differ from Hugging Face's"
+
+
+def test_rms_norm_by_hand():
+    norm = m.RMSNorm(m.T5Config(d_model=2, layer_norm_epsilon=0.0))
+    norm.weight.data = torch.tensor([1.0, 2.0])
+    expected = torch.tensor([3 / math.sqrt(12.5), 2 * 4 / math.sqrt(12.5)])  # mean square of 3 and 4: 12.5
+    assert torch.allclose(norm(torch.tensor([3.0, 4.0])), expected), "x / sqrt(mean(x^2)) * weight, mean not subtracted"
+
+
+def test_rms_norm_takes_the_mean_in_float32():
+    norm = m.RMSNorm(m.T5Config(d_model=4))
+    out = norm(torch.full((4,), 300.0, dtype=torch.float16))
+    assert torch.allclose(out.float(), torch.ones(4), atol=1e-3), "300^2 overflows float16: square it in float32"
+
+
+@pytest.mark.parametrize("need_probs", (False, True))
+def test_attention_is_not_scaled(need_probs):
+    attention = m.Attention(m.T5Config(d_model=4, d_kv=4, num_heads=1))
+    for linear in (attention.q, attention.k, attention.v, attention.o):
+        linear.weight.data = torch.eye(4)
+    x = torch.tensor([[[1.0, 0, 0, 0], [0, 2.0, 0, 0]]])
+    out, _ = attention(x, *attention.keys_values(x), torch.zeros(1, 1, 2, 2), need_probs)
+    share = math.exp(4) / (math.exp(4) + 1)  # second query: its score with itself is 2 * 2, not 2 * 2 / sqrt(4)
+    assert torch.allclose(out[0, 1], torch.tensor([1 - share, 2 * share, 0, 0])), "T5 does not divide by sqrt(d_kv)"
+
+
+def test_dropout_rate_and_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 401)  # no multiple of 8
+    out = m.dropout(x, 0.1, training=True)
+    rate, n = 26 / 256, x.numel()  # 0.1 rounded to 1/256
+    sigma = math.sqrt(rate * (1 - rate) / n)
+    assert abs((out == 0).float().mean().item() - rate) < 5 * sigma, "dropout must zero the asked share"
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(256 / 230).item()}, "what stays is scaled by 1 / (1 - rate)"
+    assert (m.dropout(x, 0.1, training=True) != out).any(), "every call draws a new mask"
+    assert m.dropout(x, 0.1, training=False) is x and m.dropout(x, 0.0, training=True) is x, "nothing to drop here"
+
+
+def test_dropout_is_off_in_eval_mode_only():
+    model, x = tiny(dropout_rate=0.5), padded([[5, 6, 7, 1]])
+    with torch.no_grad():
+        assert torch.equal(model(x, x), model(x, x)), "eval mode has no randomness"
+        model.train()
+        assert not torch.equal(model(x, x), model(x, x)), "training mode must drop something"
+
+
+def test_float16_feed_forward_does_not_overflow():
+    feed_forward = m.FeedForward(m.T5Config(d_model=16, d_ff=32))
+    feed_forward.wi.weight.data.fill_(1.0)
+    feed_forward.wo.weight.data.fill_(1000.0)
+    x = torch.ones(1, 1, 16)
+    hidden = torch.full((1, 32), 16.0, dtype=torch.float16)
+    assert F.linear(hidden, feed_forward.wo.weight.half()).isinf().all(), "the test needs a product above 65,504"
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        out = feed_forward.eval()(x).float()  # float, as in float16 512,000 is inf, which equals inf
+    assert (out == 16 * 32 * 1000).all(), "float16: wo must be multiplied in float32"
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.bfloat16, 0.1), (torch.float16, 0.02)))
+@torch.no_grad()
+def test_autocast_stays_close(dtype, bound):
+    model, expected = load("t5_tied")  # t5_gated's sharp softmaxes make 0.14 of bfloat16's rounding
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(expected["input_ids"], expected["decoder_ids"])
+        ids = model.generate(expected["input_ids"], 4, num_beams=2)
+    error = (logits.float() - expected["logits"]).norm() / expected["logits"].norm()
+    assert 0 < error < bound, f"{dtype}: 16 bit must only cost digits"
+    assert ids.shape[0] == len(expected["input_ids"]), "generation must work under autocast"
+
+
+# ----------------------------------------------------------------------------- masks, lists of layers, states
+
+
+@torch.no_grad()
+def test_fused_attention_is_the_one_with_probabilities():
+    model, expected = load("t5_gated")
+    x, y = expected["input_ids"], expected["decoder_ids"]
+    fused, plain = model.encode(x), model.encode(x, need_probs=True)
+    assert torch.allclose(fused.hidden, plain.hidden, atol=1e-5), "both branches of attention must agree (encoder)"
+    out = model.decode(y, fused.hidden, x != 0)
+    with_probs = model.decode(y, fused.hidden, x != 0, need_probs=True)
+    assert torch.allclose(out.hidden, with_probs.hidden, atol=1e-5), "both branches must agree (decoder)"
+    assert fused.probs == [(None,)] * 2 and out.probs == [(None, None)] * 2, "no probabilities unless asked for"
+    (encoder,), (own, cross) = plain.probs[1], with_probs.probs[1]
+    B, S, T, H = *x.shape, y.size(1), model.config.num_heads
+    assert (encoder.shape, own.shape, cross.shape) == ((B, H, S, S), (B, H, T, T), (B, H, T, S))
+    for probs in (encoder, own, cross):
+        assert torch.allclose(probs.sum(-1), torch.ones(()), atol=1e-5), "probabilities sum to 1 over the keys"
+    assert (own.triu(1) == 0).all(), "a decoder position must not see later ones"
+    assert (cross.masked_select((x == 0)[:, None, None]) == 0).all(), "no attention to padding"
+
+
+@torch.no_grad()
+def test_padding_does_not_change_logits():
+    model, expected = load("t5_asymmetric")
+    x, y = expected["input_ids"][1:2, :5], expected["decoder_ids"][1:2]
+    assert (x != 0).all(), "this row has 5 tokens"
+    plain = model(x, y)
+    assert torch.allclose(model(F.pad(x, (0, 7)), y), plain, atol=1e-5), "padding of the input must be masked"
+    assert torch.allclose(model(x, F.pad(y, (0, 3)))[:, :y.size(1)], plain, atol=1e-5), \
+        "later decoder positions must not change earlier logits"
+
+
+@torch.no_grad()
+def test_any_list_of_layers_runs_and_states_are_the_layers_outputs():
+    model, x, y = tiny(), padded([[5, 6, 7, 1], [8, 1]]), padded([[0, 9, 4], [0, 3, 3]])
+    a, b = model.encoder.layers
+    out = model.encode(x, layers=[b, a, b])
+    assert len(out.states) == 3, "one state for each layer that ran"
+    bias = m.mask_out(model.encoder.position_bias(4), (x == 0)[:, None, None, :])
+    state = model.embedding(x)
+    for layer, expected in zip([b, a, b], out.states):
+        state, _ = layer(state, bias)
+        assert torch.equal(state, expected), "states are taken after each layer, before the final norm"
+    assert torch.equal(out.hidden, model.encoder.norm(out.states[-1])), "hidden is the normed last state"
+    own = model.encode(x)
+    assert torch.equal(own.hidden, model.encode(x, layers=[a, b]).hidden), "None means the model's own layers"
+    assert torch.equal(model.encode(x, layers=[a]).states[0], own.states[0]), "a layer does not know what follows"
+
+    a, b = model.decoder.layers
+    full, reverse = model.decode(y, own.hidden, x != 0), model.decode(y, own.hidden, x != 0, layers=[b, a])
+    assert torch.equal(full.hidden, model.decoder.norm(full.states[-1])), "hidden is the normed last state"
+    assert torch.equal(full.hidden, model.decode(y, own.hidden, x != 0, layers=iter([a, b])).hidden)
+    assert not torch.allclose(full.hidden, reverse.hidden), "the order of the layers matters"
+    assert torch.equal(model.logits(full.hidden), model(x, y)), "forward is encode, decode and the head"
+
+
+@torch.no_grad()
+def test_positions_belong_to_the_stack(tmp_path):
+    model, expected = load("t5_tied")
+    for stack in (model.encoder, model.decoder):
+        stack.layers = stack.layers[1:]  # drop layer 0, whose checkpoint name carries the table
+    model.config.num_layers = model.config.num_decoder_layers = 1
+    before = model(expected["input_ids"], expected["decoder_ids"])
+    m.save_t5(model, tmp_path)
+    after = m.load_t5(tmp_path)(expected["input_ids"], expected["decoder_ids"])
+    assert torch.equal(before, after), "without layer 0 the stack must keep its position table"
+
+
+# ----------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def slow_search(model, row, n, beams, penalty=1.0):
+    """Beam search as one would write it first: Python lists, one sentence, no cache. (S,) ids -> list of ids."""
+    eos, running, finished = model.config.eos_token_id, [(0.0, [])], []
+    for t in range(1, n + 1):
+        candidates = []
+        for score, ids in running:
+            start = [model.config.decoder_start_token_id]
+            log_probs = model(row[None], torch.tensor([start + ids]))[0, -1].log_softmax(-1)
+            candidates += [(score + log_prob, ids + [i]) for i, log_prob in enumerate(log_probs.tolist())]
+        running = []
+        for rank, (score, ids) in enumerate(sorted(candidates, reverse=True)[:2 * beams]):
+            if ids[-1] != eos and t < n:
+                running.append((score, ids))
+            elif rank < beams:
+                finished.append((score / t ** penalty, ids))
+        running, finished = running[:beams], sorted(finished, reverse=True)[:beams]
+        if not running or len(finished) == beams and running[0][0] / t ** penalty <= finished[-1][0]:
+            break
+    return finished[0][1]
+
+
+@torch.no_grad()
+def slow_greedy(model, row, n):
+    """Run everything anew for every token. (S,) ids -> list of ids."""
+    ids = [model.config.decoder_start_token_id]
+    while len(ids) <= n and (len(ids) == 1 or ids[-1] != model.config.eos_token_id):
+        ids.append(model(row[None], torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[1:]
+
+
+def trimmed(rows):
+    """Lists without the padding at their ends."""
+    return [row[:max((i + 1 for i, token in enumerate(row) if token != 0), default=0)] for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_greedy_is_the_slow_one(name):
+    model, expected = load(name)
+    slow = [slow_greedy(model, row[row != 0], 12) for row in expected["input_ids"]]
+    fast = model.generate(expected["input_ids"], max_new_tokens=12).tolist()
+    assert trimmed(fast) == trimmed(slow), "a cache may only save time"
+
+
+@pytest.mark.parametrize("beams, penalty", ((2, 1.0), (4, 0.6), (3, 0.0), (4, 2.0), (3, -1.0)))
+def test_cached_beams_are_the_slow_ones(beams, penalty):
+    model, expected = load("t5_gated")
+    slow = [slow_search(model, row[row != 0], 9, beams, penalty) for row in expected["input_ids"]]
+    fast = model.generate(expected["input_ids"], 9, num_beams=beams, length_penalty=penalty).tolist()
+    assert trimmed(fast) == trimmed(slow), "a cache and a batch may only save time"
+
+
+@pytest.mark.parametrize("beams", (1, 4))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_does_not_depend_on_its_batch(name, beams):
+    model, expected = load(name)
+    batch = model.generate(expected["input_ids"], 20, num_beams=beams).tolist()
+    alone = [model.generate(row[row != 0][None], 20, num_beams=beams)[0].tolist() for row in expected["input_ids"]]
+    assert trimmed(batch) == trimmed(alone), "a row's output must not depend on the rows beside it"
+    order = [4, 2, 0, 5, 1, 3]
+    shuffled = model.generate(expected["input_ids"][order], 20, num_beams=beams).tolist()
+    assert trimmed(shuffled) == trimmed([batch[i] for i in order]), "nor on their order"
+
+
+@pytest.mark.parametrize("beams", (1, 3))
+def test_generated_shape(beams):
+    model, expected = load("t5_gated")
+    ids = model.generate(expected["input_ids"], max_new_tokens=7, num_beams=beams)
+    assert ids.dtype == torch.long and ids.shape[0] == 6 and ids.shape[1] <= 7, "ids are (B, <= max_new_tokens)"
+    for row in ids.tolist():
+        assert 1 not in row or set(row[row.index(1) + 1:]) <= {0}, "only pad may follow eos"
+    assert model.generate(expected["input_ids"], 1, num_beams=beams).shape == (6, 1), "one token when one is asked for"
+
+
+def test_pad_before_eos_is_no_end():
+    model, script = tiny(), [5, 0, 7, 1]
+
+    def logits(hidden):
+        step = model.steps = model.steps + 1
+        return F.one_hot(torch.full(hidden.shape[:-1], script[step]), model.config.vocab_size) * 20.0
+
+    model.logits = logits
+    for beams in (1, 2):
+        model.steps = -1
+        ids = model.generate(padded([[4, 1]]), 4, num_beams=beams).tolist()
+        assert ids == [script], "a model may emit pad: only what follows the last other token is cut off"
+
+
+def test_generate_can_be_trained_on():
+    model, x = tiny().train(), padded([[5, 6, 1]])
+    ids = model.generate(x, 4)
+    assert model.training and model.encoder.layers[0].training, "generate gives the mode back as it found it"
+    model(x, ids).sum().backward()  # inference_mode would forbid this
+    assert model.embedding.weight.grad is not None, "pseudo-labels are trained on"
+
+
+@pytest.mark.parametrize("options", ({"max_new_tokens": 0}, {"num_beams": 0}))
+def test_generate_refuses_counts_below_one(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        tiny().generate(padded([[4, 1]]), **options)
+
+
+# ----------------------------------------------------------------------------- checkpoints that work
+
+
+def header_of(path):
+    """{name: entry} of a safetensors file, parsed here so that reader and writer can not share a mistake."""
+    raw = Path(path).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:8 + length]), length, len(raw)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a fixture to change."""
+    shutil.copytree(FIXTURES / "t5_tied", tmp_path / "t5")
+    return tmp_path / "t5"
+
+
+def change_config(folder, drop=(), **values):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | values
+    config = {name: value for name, value in config.items() if name not in drop}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def change_weights(folder, function):
+    """Rewrite the weight file after function(weights), which changes the dictionary."""
+    weights = m.read_safetensors(folder / "model.safetensors")
+    function(weights)
+    m.write_safetensors(weights, folder / "model.safetensors")
+
+
+def assert_same_logits(folder, name="t5_tied", tolerance=0.0):
+    model, expected = load(name)
+    x, y = expected["input_ids"], expected["decoder_ids"]
+    with torch.no_grad():
+        ours, theirs = m.load_t5(folder)(x, y), model(x, y)
+    assert relative(ours, theirs) <= tolerance, "the same model in another file must give the same logits"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip(name, tmp_path):
+    m.save_t5(m.load_t5(FIXTURES / name), tmp_path / "new" / "folder")
+    assert_same_logits(tmp_path / "new" / "folder", name)
+    config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text(encoding="utf-8"))
+    layers = (config["num_layers"], config["num_decoder_layers"])
+    assert layers == ((2, 3) if name == "t5_asymmetric" else (2, 2)), "write both counts: readers assume them equal"
+    assert config["tie_word_embeddings"] is (name != "t5_gated") and config["model_type"] == "t5"
+    generation = json.loads((tmp_path / "new" / "folder" / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation["decoder_start_token_id"] == (5 if name == "t5_asymmetric" else 0), "generation needs its start"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_header(name, tmp_path):
+    m.save_t5(m.load_t5(FIXTURES / name), tmp_path)
+    header, length, size = header_of(tmp_path / "model.safetensors")
+    assert header.pop("__metadata__") == {"format": "pt"}, "readers want to know that these are PyTorch tensors"
+    theirs, _, _ = header_of(FIXTURES / name / "model.safetensors")
+    shapes = {key: entry["shape"] for key, entry in theirs.items() if key != "__metadata__"}
+    assert {key: entry["shape"] for key, entry in header.items()} == shapes, "names and shapes are Hugging Face's"
+    assert length % 8 == 0, "the data starts aligned"
+    end = 0
+    for begin, stop in sorted(entry["data_offsets"] for entry in header.values()):
+        assert begin == end, "tensors follow each other without a gap or an overlap"
+        end = stop
+    assert 8 + length + end == size, "the file ends with its last tensor"
+
+
+@pytest.mark.parametrize("name, scale", (("t5_tied", False), ("t5_gated", True)))
+def test_head_and_scale_are_independent(name, scale, tmp_path):
+    model, expected = load(name)
+    model.config.scale_decoder_outputs = scale
+    m.save_t5(model, tmp_path)
+    again = m.load_t5(tmp_path)
+    assert again.config.scale_decoder_outputs is scale, "the scale must survive saving, whether or not the head is tied"
+    assert (again.head is again.embedding) == (name == "t5_tied"), "so must the tie"
+    with torch.no_grad():
+        inputs = expected["input_ids"], expected["decoder_ids"]
+        assert torch.equal(model(*inputs), again(*inputs)), "the same model in another file gives the same logits"
+    if not scale:  # older readers know one flag
+        change_config(tmp_path, drop=("scale_decoder_outputs",))
+        assert m.load_t5(tmp_path).config.scale_decoder_outputs is False, "the tie must imply the scale"
+        assert "lm_head.weight" in header_of(tmp_path / "model.safetensors")[0], "untied files have a head"
+
+
+def test_old_configs(folder):
+    change_config(folder, drop=("scale_decoder_outputs", "tie_word_embeddings", "num_decoder_layers",
+                                "feed_forward_proj"), task_specific_params={"summarization": {"min_length": 30}})
+    assert_same_logits(folder)  # defaults of v1.0: tied, scaled, as many decoder layers, relu
+
+
+def test_old_config_without_the_scale_takes_it_from_the_tie(tmp_path):
+    shutil.copytree(FIXTURES / "t5_gated", tmp_path, dirs_exist_ok=True)
+    change_config(tmp_path, drop=("scale_decoder_outputs",), tie_word_embeddings=False, model_type="mt5")
+    assert_same_logits(tmp_path, "t5_gated")
+
+
+def test_the_file_decides_whether_the_head_is_tied(tmp_path):
+    shutil.copytree(FIXTURES / "t5_gated", tmp_path, dirs_exist_ok=True)
+    change_config(tmp_path, tie_word_embeddings=True, scale_decoder_outputs=False)
+    assert_same_logits(tmp_path, "t5_gated")
+
+
+@pytest.mark.parametrize("number", range(1, 16))
+def test_aliases_in_any_combination(folder, number):
+    names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+    def function(weights):
+        embedding = weights.pop("shared.weight")
+        weights.update({name: embedding for i, name in enumerate(names) if number >> i & 1})
+
+    change_weights(folder, function)
+    assert_same_logits(folder)
+    model = m.load_t5(folder)
+    assert model.head is model.embedding, "four names of one tensor make a tied model"
+
+
+def test_leftover_of_old_files_is_ignored(folder):
+    change_weights(folder, lambda weights: weights.update({m.LEFTOVER: torch.zeros(8, 4)}))
+    assert_same_logits(folder)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("file", ("model.safetensors", "pytorch_model.bin"))
+def test_other_dtypes_load_as_float32(folder, dtype, file):
+    weights = m.read_safetensors(folder / "model.safetensors")
+    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    (folder / "model.safetensors").unlink()
+    m.write_safetensors(cast, folder / file) if file.endswith("safetensors") else torch.save(cast, folder / file)
+    model = m.load_t5(folder)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}, "models are loaded in float32"
+    assert torch.equal(model.embedding.weight, cast["shared.weight"].float()), "and hold the file's values"
+    assert all(weight.requires_grad for weight in model.parameters()) and not model.training
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+def test_pytorch_file(folder, zipped):
+    weights = m.read_safetensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)  # False: as before 2020
+    assert_same_logits(folder)
+
+
+def shard(folder, name):
+    """Replace the weight file by two shards and an index. Returns the index's path."""
+    weights = list(m.read_safetensors(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    stem, suffix = name.split(".")
+    weight_map = {}
+    for i, part in enumerate((dict(weights[:7]), dict(weights[7:])), 1):
+        file = f"{stem}-{i:05}-of-00002.{suffix}"
+        m.write_safetensors(part, folder / file) if suffix == "safetensors" else torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / f"{name}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return index
+
+
+@pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin"))
+def test_shards(folder, name):
+    shard(folder, name)
+    assert_same_logits(folder)
+
+
+def test_safetensors_of_every_dtype(tmp_path):
+    tensors = {str(dtype): torch.tensor([[0, 1], [2, 3]]).to(dtype) for dtype in m.DTYPES.values()}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "turned": torch.arange(6.0).view(2, 3).T}
+    m.write_safetensors(tensors, tmp_path / "file")
+    again = m.read_safetensors(tmp_path / "file")
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), f"{name} must come back"
+
+
+# ----------------------------------------------------------------------------- checkpoints that must be refused
+
+
+def refused(folder, *words, error=(ValueError, OSError)):
+    """load_t5 must raise one line that has all these words in it."""
+    with pytest.raises(error) as caught:
+        m.load_t5(folder)
+    message = str(caught.value)
+    assert type(caught.value) in (ValueError, FileNotFoundError), "a user's mistake is a ValueError or an OSError"
+    for word in words:
+        assert word in message, f"the message must name {word!r}: {message}"
+    assert "\n" not in message, "one line"
+
+
+@pytest.mark.parametrize("name", (
+    "shared.weight", TABLE, "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "encoder.final_layer_norm.weight", "decoder.block.1.layer.1.EncDecAttention.k.weight",
+    "encoder.block.1.layer.1.DenseReluDense.wo.weight"))
+def test_missing_tensor(folder, name):
+    change_weights(folder, lambda weights: weights.pop(name))
+    refused(folder, str(folder), name, "missing")
+
+
+def test_untied_head_does_not_stand_in_for_a_missing_embedding(tmp_path):
+    shutil.copytree(FIXTURES / "t5_gated", tmp_path, dirs_exist_ok=True)
+    change_config(tmp_path, tie_word_embeddings=False)
+    change_weights(tmp_path, lambda weights: weights.pop("shared.weight"))
+    refused(tmp_path, "shared.weight", "missing")
+
+
+@pytest.mark.parametrize("name", ("shared.weight", TABLE, "decoder.block.1.layer.2.DenseReluDense.wi.weight"))
+def test_wrong_shape(folder, name):
+    change_weights(folder, lambda weights: weights.update({name: weights[name][:-1]}))
+    refused(folder, str(folder), name, "shape")
+
+
+def test_head_of_wrong_shape(folder):
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["shared.weight"][:-1]}))
+    refused(folder, "lm_head.weight", "shape")
+
+
+@pytest.mark.parametrize("name", (
+    "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "lm_head.bias",
+    "encoder.block.2.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"))
+def test_unexpected_tensor(folder, name):
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(3)}))
+    refused(folder, str(folder), name, "unexpected")
+
+
+def test_config_with_too_few_layers(folder):
+    change_config(folder, num_decoder_layers=1)
+    refused(folder, "unexpected", "decoder.block.1")
+
+
+@pytest.mark.parametrize("values, words", (
+    ({"model_type": "umt5"}, ("umt5", "UMT5")),
+    ({"model_type": "bert"}, ("model_type", "bert")),
+    ({"model_type": None}, ("model_type",)),
+    ({"feed_forward_proj": "gated-silu"}, ("feed_forward_proj", "gated-silu")),
+    ({"d_model": "16"}, ("d_model", "'16'")),
+    ({"d_model": 0}, ("d_model", "0")),
+    ({"num_layers": True}, ("num_layers",)),
+    ({"pad_token_id": -1}, ("pad_token_id", "-1")),
+    ({"eos_token_id": [1, 2]}, ("eos_token_id",))))
+def test_bad_config(folder, values, words):
+    change_config(folder, **values)
+    refused(folder, "config.json", *words, error=ValueError)
+
+
+@pytest.mark.parametrize("text", (b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100000))
+def test_config_that_is_no_json_object(folder, text):
+    (folder / "config.json").write_bytes(text)
+    refused(folder, "config.json", error=ValueError)
+
+
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors"))
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    refused(folder, str(folder), name, error=FileNotFoundError)
+
+
+def test_truncated_safetensors(folder):
+    path = folder / "model.safetensors"
+    raw, (_, length, size) = path.read_bytes(), header_of(path)
+    for cut in (0, 5, 8, 100, 8 + length - 1, 8 + length, 8 + length + 10, size - 1):
+        path.write_bytes(raw[:cut])
+        refused(folder, "model.safetensors", "truncated", error=ValueError)
+
+
+@pytest.mark.parametrize("header", (
+    b"not json", b"[]", b"[1]", b"3", b"\xff\xff", b'{"a": 1}', b'{"a": {}}', b"{" * 3000,
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}',
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [0, 99999999999999999999], "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+    b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'))
+def test_bad_safetensors_header(folder, header):
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    refused(folder, "model.safetensors", error=ValueError)
+
+
+@pytest.mark.parametrize("raw", (b"", b"not a weight file", b"PK\x03\x04", b"\x80\x02", b"\x00" * 4096))
+def test_bin_that_is_no_weight_file(folder, raw):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(raw)
+    refused(folder, "pytorch_model.bin", error=ValueError)
+
+
+@pytest.mark.parametrize("value", ([1, 2], {"shared.weight": 3}, {"state_dict": {"a": torch.zeros(1)}}, torch.ones(2)))
+def test_bin_without_tensors(folder, value):
+    (folder / "model.safetensors").unlink()
+    torch.save(value, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", error=ValueError)
+
+
+class Code:
+    """Pickled, this is a call of os.system."""
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"echo run > {self.file}",)
+
+
+def test_code_in_a_bin_is_not_run(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": Code(tmp_path / "run")}, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", error=ValueError)
+    assert not (tmp_path / "run").exists(), "loading weights must not run code from the file"
+
+
+@pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin"))
+def test_missing_shard(folder, name):
+    index = shard(folder, name)
+    missing = name.replace(".", "-00002-of-00002.")
+    (folder / missing).unlink()
+    refused(folder, missing, error=FileNotFoundError)
+    assert index.exists()
+
+
+@pytest.mark.parametrize("weight_map", (
+    {"shared.weight": "../elsewhere.safetensors"}, {"shared.weight": "/etc/passwd"}, {"shared.weight": ".."},
+    {"shared.weight": ""}, {"shared.weight": 3}, {"shared.weight": "config.json"}, {"shared.weight": ["a"]}, [1], None))
+def test_index_that_points_elsewhere(folder, weight_map):
+    shutil.copy(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
+    index = shard(folder, "model.safetensors")
+    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    refused(folder, index.name, error=ValueError)
+
+
+def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    model = m.load_t5(FIXTURES / "t5_tied")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(m.os, "replace", full)
+        with pytest.raises(OSError, match="no space"):
+            m.save_t5(model, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == [], "a failed save leaves no part of a file"
+    m.save_t5(model, tmp_path / "new")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    model.decoder.norm.weight.data = model.decoder.norm.weight.data.to(torch.complex64)  # no such type in the format
+    with pytest.raises(Exception):
+        m.save_t5(model, tmp_path / "new")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert before == after, "a failed save leaves the old files as they were"
+
+
+# ----------------------------------------------------------------------------- fetching by name
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; of the file `server.cut` only half arrives, in one of two ways."""
+    def do_GET(self):
+        self.server.asked.append(self.path.rsplit("/", 1)[1])
+        if self.server.cut != self.server.asked[-1]:
+            return super().do_GET()
+        raw = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        if self.server.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            raw = b"%x\r\n" % len(raw) + raw
+        else:
+            self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw[:len(raw) // 2])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+class ChunkedHub(Hub):
+    protocol_version = "HTTP/1.1"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server on the loopback with the model "me/tiny"; `hub.files` is its folder there."""
+    files = tmp_path / "site" / "me" / "tiny" / "resolve" / "main"
+    shutil.copytree(FIXTURES / "t5_tied", files)
+    (files / "spiece.model").write_bytes(b"pieces")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args: ChunkedHub(*args, directory=str(tmp_path / "site")))
+    server.asked, server.cut, server.chunked, server.files = [], None, False, files
+    server.cache = tmp_path / "cache" / "me" / "tiny"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("MODULAR_T5_HUB", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("MODULAR_T5_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetch_by_name_once(hub):
+    assert_same_logits("me/tiny")
+    assert {path.name for path in hub.cache.iterdir()} == {"config.json", "spiece.model", "model.safetensors"}
+    asked = list(hub.asked)
+    assert_same_logits("me/tiny")
+    assert hub.asked == asked, "what is in the cache is not asked for again"
+
+
+@pytest.mark.parametrize("name", ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json"))
+def test_fetch_falls_back(hub, name, monkeypatch):
+    if name == "pytorch_model.bin":
+        torch.save(m.read_safetensors(hub.files / "model.safetensors"), hub.files / name)
+        (hub.files / "model.safetensors").unlink()
+    else:
+        shard(hub.files, name.removesuffix(".index.json"))
+    assert_same_logits("me/tiny")
+    monkeypatch.setenv("MODULAR_T5_HUB", closed_address())
+    assert_same_logits("me/tiny")  # what is in the cache works offline
+
+
+@pytest.mark.parametrize("chunked", (False, True))
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors"))
+def test_truncated_download_is_not_kept(hub, name, chunked):
+    hub.cut, hub.chunked = name, chunked
+    with pytest.raises(OSError, match="me/tiny"):
+        m.load_t5("me/tiny")
+    left = {path.name for path in hub.cache.iterdir()}
+    assert left <= {"config.json", "spiece.model"} - {name}, "half a file must not look like a whole one"
+    hub.cut = None
+    assert_same_logits("me/tiny")
+
+
+def closed_address():
+    """The address of a port on which nothing listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def assert_offline_line(name, cache):
+    with pytest.raises(OSError) as caught:
+        m.load_t5(name)
+    message = str(caught.value)
+    for word in (name, "config.json", "spiece.model", "model.safetensors", str(cache)):
+        assert word in message, f"offline, the user must read which files to put where: {message}"
+    assert "\n" not in message, "one line"
+
+
+def test_offline(hub, monkeypatch):
+    monkeypatch.setenv("MODULAR_T5_HUB", closed_address())
+    assert_offline_line("me/tiny", hub.cache)
+    shutil.copytree(hub.files, hub.cache, dirs_exist_ok=True)  # what the line says
+    assert_same_logits("me/tiny")
+
+
+def test_no_such_model(hub):
+    assert_offline_line("me/none", hub.cache.parent / "none")
+    (hub.files / "model.safetensors").unlink()
+    assert_offline_line("me/tiny", hub.cache)
+
+
+@pytest.mark.parametrize("name", ("/no/such/folder", "a/b/c", "../up", "my model", ""))
+def test_what_can_not_be_a_name_is_not_asked_for(hub, name):
+    with pytest.raises(OSError):
+        m.load_t5(name)
+    assert hub.asked == [], "a path that is no model's name must not reach the network"
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """A fixture with a tokenizer."""
+    folder = tmp_path_factory.mktemp("text")
+    shutil.copytree(FIXTURES / "t5_tied", folder, dirs_exist_ok=True)
+    texts = [text for pair in data.toy_corpus(100, seed=0) for text in pair]
+    data.train_tokenizer(texts, folder / "spiece.model", 60)
+    return folder
+
+
+TEXTS = ["one line", "", "an other line"]
+
+
+def test_command_line_answers_each_text(text_folder, capsys):
+    assert m.main([str(text_folder), *TEXTS, "--max-new-tokens", "5"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    model, tokenizer = m.load_t5(text_folder), data.Tokenizer(text_folder)
+    ids = [model.generate(torch.tensor([tokenizer.encode(text)]), 5)[0].tolist() for text in TEXTS]
+    assert lines == [*map(tokenizer.decode, ids), ""], "one line for each input, in its order"
+
+
+def test_command_line_reads_standard_input(text_folder, capsys, monkeypatch):
+    assert m.main([str(text_folder), *TEXTS, "--num-beams", "2"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(TEXTS).encode()), encoding="utf-8"))
+    assert m.main([str(text_folder), "--num-beams", "2"]) == 0
+    assert capsys.readouterr().out == expected, "a line of standard input is answered as the same argument is"
+
+
+@pytest.mark.parametrize("options, words", (
+    (["--num-beams", "0"], ["num_beams"]), (["--max-new-tokens", "0"], ["max_new_tokens"])))
+def test_command_line_refuses_options(text_folder, capsys, options, words):
+    assert m.main([str(text_folder), "text", *options]) == 2, "a wrong option is exit status 2"
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), "one line that names the option"
+
+
+def test_command_line_names_the_bad_file(folder):
+    (folder / "model.safetensors").write_bytes(b"x")
+    run = subprocess.run([sys.executable, str(ROOT / "model.py"), str(folder), "text"], capture_output=True, text=True,
+                         timeout=60)
+    assert run.returncode == 2 and run.stdout == "", "a user's mistake is exit status 2"
+    assert run.stderr.count("\n") == 1 and "model.safetensors" in run.stderr, "one line that names the file"

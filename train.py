@@ -1,0 +1,349 @@
+"""The recipe, top to bottom: data -> teacher -> bank of modules -> assemblies -> one table.
+
+    python train.py                                                   # the toy task: no file and no network needed
+    python train.py --train train.en train.de --valid valid.en valid.de --test test.en test.de --out runs/m30k
+    python train.py --train data.tsv --valid valid.tsv --test test.tsv --teacher t5-small --prefix "summarize: "
+    python train.py --resume --out runs/m30k                          # go on after an interruption
+
+The run folder holds args.json, log.jsonl, spiece.model, teacher/, bank.safetensors, baselines/, checkpoint.pt while
+something trains, results.json and frontier.svg. `python assemble.py RUN --ratio 2` makes a model of it.
+"""
+import argparse
+import ctypes
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from assemble import assemble, choose, depths, export, parameters, path_of_depth, speedup
+from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
+                  train_tokenizer)
+from distill import CE_ONLY, WEIGHTS, shrink, spread, train_modules, train_student
+from model import T5, T5Config, find_t5, load_t5, pick_dtype, write_json
+from modules import Bank, STACKS, load_bank, save_bank
+
+METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
+BASELINES = ("sft", "kd", "pseudo", "theseus")
+
+# What differs between the toy run and a real one. An option on the command line beats both.
+TOY = dict(metric="exact", layers=6, d_model=64, vocab=200, batch_tokens=4096, teacher_steps=900, steps=700,
+           teacher_lr=3e-3, lr=3e-3, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
+REAL = dict(metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096, teacher_steps=2400, steps=1200,
+            teacher_lr=1.5e-3, lr=1e-3, max_length=128, baselines="")
+
+
+def parse_args(argv):
+    """The command line -> argparse.Namespace, with the toy run's or a real run's settings where none were given."""
+    p = argparse.ArgumentParser(description="Train a bank of modules for a T5 and assemble smaller T5s from it.")
+    p.add_argument("--train", nargs="+", metavar="FILE", help="one .tsv or .jsonl, or two parallel text files")
+    p.add_argument("--valid", nargs="+", metavar="FILE")
+    p.add_argument("--test", nargs="+", metavar="FILE")
+    p.add_argument("--prefix", default="", help='put before every source, such as "summarize: "')
+    p.add_argument("--teacher", help="a T5 folder or a name such as t5-small; without it one is trained from scratch")
+    p.add_argument("--out", type=Path, default=Path("run"), help="the run folder")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                   help="of matrix products in training; weights are float32")
+    p.add_argument("--metric", choices=METRICS)
+    p.add_argument("--num-beams", type=int, default=1, help="for scoring")
+    p.add_argument("--layers", type=int, help="of each stack of a teacher from scratch")
+    p.add_argument("--d-model", type=int, help="width of a teacher from scratch: a multiple of 32")
+    p.add_argument("--vocab", type=int, help="pieces of a tokenizer trained on the corpus")
+    p.add_argument("--max-length", type=int, help="tokens; longer sequences are cut")
+    p.add_argument("--batch-tokens", type=int, help="source and target tokens a batch, padding included")
+    p.add_argument("--teacher-steps", type=int, help="steps to train or fine-tune the teacher; 0 takes it as it is")
+    p.add_argument("--steps", type=int, help="steps for the bank, and for each baseline")
+    p.add_argument("--teacher-lr", type=float, help="peak learning rate of the teacher")
+    p.add_argument("--lr", type=float, help="peak learning rate of the bank and the baselines")
+    p.add_argument("--granularities", type=lambda text: [int(g) for g in text.split(",")],
+                   help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
+    p.add_argument("--init", choices=["first", "average"], default="first", help="how a module starts from its span")
+    p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
+    args = p.parse_args(argv)
+    if args.resume:
+        settings = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
+        return argparse.Namespace(**{**settings, "out": args.out, "resume": True})
+    given = [name for name in ("train", "valid", "test") if getattr(args, name)]
+    if len(given) not in (0, 3):
+        raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
+    for name, value in (REAL if given else TOY).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.teacher and not given:
+        raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
+    if args.d_model % 32:
+        raise ValueError(f"--d-model {args.d_model}: not a multiple of 32, the width of a head")
+    parse_baselines(args.baselines)
+    return args
+
+
+def parse_baselines(text):
+    """"kd:6+6,sft:2+2" -> [("kd", 6, 6), ("sft", 2, 2)]. Raises ValueError naming the part that is wrong."""
+    parsed = []
+    for part in filter(None, text.split(",")):
+        try:
+            kind, shape = part.split(":")
+            encoder, decoder = map(int, shape.split("+"))
+        except ValueError:
+            raise ValueError(f"--baselines {part}: not of the form kd:6+6") from None
+        if kind not in BASELINES:
+            raise ValueError(f"--baselines {part}: not one of {', '.join(BASELINES)}")
+        parsed.append((kind, encoder, decoder))
+    return parsed
+
+
+# ---- the recipe
+
+def main(argv=None):
+    """The command line. Errors of the user's are one line on stderr and exit status 2."""
+    try:
+        run(parse_args(argv))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args):
+    """Everything: prepare the data, train what is not yet trained, score it, print the table."""
+    pairs = read_data(args)
+    teacher, tokenizer = start_run(args, pairs)
+    out, dtype = args.out, pick_dtype(args.dtype, args.device)
+    log_file = open(out / "log.jsonl", "a", encoding="utf-8")
+
+    def log(record):
+        log_file.write(json.dumps(record) + "\n")
+        log_file.flush()
+        tenth = max(1, record["steps"] // 10)
+        if not sys.stderr.isatty() and (record["step"] == 1 or record["step"] % tenth == 0):  # no progress bar there
+            say(f"{record['stage']}: step {record['step']} of {record['steps']}, loss {record['loss']:.3f}, "
+                f"{record['tokens_per_s']:,.0f} tokens/s")
+
+    train, cut = encode_pairs(tokenizer, pairs["train"], args.max_length)
+    batches = Batches(train, args.batch_tokens, tokenizer.pad_id, args.seed)
+    say(f"{len(train):,} training pairs ({cut} sequences cut at {args.max_length} tokens), {len(batches)} batches an "
+        f"epoch; {args.device}, {str(dtype).removeprefix('torch.')}")
+    loop = dict(seed=args.seed, dtype=dtype, log=log, checkpoint=out / "checkpoint.pt")
+
+    if (out / "teacher").exists():
+        teacher = load_t5(out / "teacher").to(args.device)
+    else:
+        teacher.to(args.device)
+        say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")
+        train_student(teacher, batches, args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
+        export(teacher, out / "spiece.model", out / "teacher")
+
+    bank_file = out / "bank.safetensors"
+    if bank_file.exists():
+        bank = load_bank(bank_file, teacher).to(args.device)
+    else:
+        bank = Bank(teacher, args.granularities and dict.fromkeys(STACKS, args.granularities), args.init)
+        say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
+        train_modules(teacher, bank, batches, args.steps, lr=args.lr, name="bank", **loop)
+        save_bank(bank, bank_file)
+    bank.eval()
+
+    score = Scorer(args, tokenizer, pairs["test"], teacher)
+    score("teacher", teacher)
+    for shape in study_shapes(teacher, bank):
+        paths = {stack: path_of_depth(len(getattr(teacher, stack).layers), bank.spans[stack], depth)
+                 for stack, depth in zip(STACKS, shape)}
+        score(f"assembly {shape[0]}+{shape[1]}", assemble(teacher, bank, paths))
+    for kind, encoder, decoder in parse_baselines(args.baselines):
+        name = f"{kind} {encoder}+{decoder}"
+        if name not in score.rows:
+            folder = out / "baselines" / name.replace(" ", "-")
+            if not folder.exists():
+                say(f"{name}: {args.steps} steps")
+                student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop)
+                folder.parent.mkdir(exist_ok=True)
+                export(student, out / "spiece.model", folder)
+            score(name, load_t5(folder).to(args.device))
+    (out / "frontier.svg").write_text(frontier(score.rows, args.metric), encoding="utf-8")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    say("\n" + table(score.rows, args.metric) + f"\n\nrun folder: {out}")
+
+
+def say(text):
+    """Print past the progress bars, at once."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def read_data(args):
+    """{"train": [(source, target), ...], "valid": ..., "test": ...} of the files asked for, or of the toy task."""
+    if not args.train:
+        return dict(zip(("train", "valid", "test"), toy_splits(args.seed, 20000, 500, 500)))
+    return {name: read_pairs(*getattr(args, name), prefix=args.prefix) for name in ("train", "valid", "test")}
+
+
+def start_run(args, pairs):
+    """Make the run folder, or check the one to resume. Returns a teacher to train and the tokenizer.
+    Raises ValueError if there is a run in the folder and --resume was not given: nothing is overwritten."""
+    out = args.out
+    if not args.resume and (out / "args.json").exists():
+        raise ValueError(f"{out}: holds a run already: go on with --resume, or choose another --out")
+    teacher = None
+    if args.teacher and not (out / "teacher").exists():
+        folder = find_t5(args.teacher)
+        teacher, tokenizer = load_t5(folder), Tokenizer(folder)
+        if len(tokenizer.pieces) > teacher.config.vocab_size:
+            raise ValueError(f"{folder}: spiece.model has {len(tokenizer.pieces)} pieces, the embedding "
+                             f"{teacher.config.vocab_size} rows")
+    out.mkdir(parents=True, exist_ok=True)
+    if teacher:
+        tokenizer.save(out)
+    elif (out / "spiece.model").exists():
+        tokenizer = Tokenizer(out)
+    else:
+        texts = (text for pair in pairs["train"] for text in pair)
+        tokenizer = train_tokenizer(texts, out / "spiece.model", args.vocab)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    write_json(settings, out / "args.json")
+    if not teacher:
+        torch.manual_seed(args.seed)
+        teacher = T5(T5Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, d_kv=32,
+                              num_heads=args.d_model // 32, d_ff=4 * args.d_model, num_layers=args.layers,
+                              num_decoder_layers=args.layers, scale_decoder_outputs=False))
+    return teacher, tokenizer
+
+
+def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop):
+    """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank."""
+    if kind == "theseus":
+        n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
+        sizes = {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in zip(STACKS, (encoder, decoder))}
+        bank = Bank(teacher, sizes, args.init)
+        train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, name=name, **loop)
+        paths = {s: bank.spans[s] or [(i, i + 1) for i in range(n[s])] for s in STACKS}
+        return assemble(teacher, bank.eval(), paths)
+    student = shrink(teacher, encoder, decoder)
+    if kind == "pseudo":
+        batches = relabel(teacher, batches, args)
+    teach = dict(teacher=teacher, weights=WEIGHTS) if kind == "kd" else {}
+    train_student(student, batches, args.steps, lr=args.lr, name=name, **teach, **loop)
+    return student
+
+
+def relabel(teacher, batches, args):
+    """The same sources with the teacher's own outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947)."""
+    sources = [source for source, _ in batches.examples]
+    targets = translate(teacher, sources, args, "pseudo-labels")
+    return Batches(list(zip(sources, targets)), args.batch_tokens, teacher.config.pad_token_id, args.seed)
+
+
+def translate(model, sources, args, name):
+    """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding."""
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    outputs, size = [None] * len(order), 64
+    for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=None):
+        rows = order[i:i + size]
+        ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
+        for row, output in zip(rows, model.generate(ids, args.max_length, args.num_beams).tolist()):
+            outputs[row] = [token for token in output if token != model.config.pad_token_id]
+    return outputs
+
+
+# ---- scoring and showing
+
+def study_shapes(teacher, bank):
+    """(encoder, decoder) depths for the table: 1.1x to 6x shrinking both stacks, then one stack alone."""
+    n = [len(getattr(teacher, stack).layers) for stack in STACKS]
+    possible = [depths(k, bank.spans[stack]) for k, stack in zip(n, STACKS)]
+    shapes = []
+    for ratio in (1.1, 1.33, 1.5, 2, 2.4, 3, 4, 6):
+        try:
+            paths = choose(bank, teacher, ratio, "size-first")
+            shapes.append((len(paths["encoder"]), len(paths["decoder"])))
+        except ValueError:
+            pass  # no assembly of this bank comes near this ratio
+    half, least = [min(p, key=lambda d: abs(d - k / 2)) for p, k in zip(possible, n)], [p[0] for p in possible]
+    shapes += [(half[0], n[1]), (n[0], half[1]), (least[0], n[1]), (n[0], least[1])]
+    return [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
+
+
+class Scorer:
+    """Scores models on the test pairs, one row each, and keeps results.json up to date."""
+    def __init__(self, args, tokenizer, pairs, teacher):
+        self.args, self.tokenizer, self.pairs, self.teacher = args, tokenizer, pairs, teacher
+        self.file, self.rows = args.out / "results.json", {}
+        if self.file.exists():
+            self.rows = json.loads(self.file.read_text(encoding="utf-8"))["rows"]
+        self.sources = [source for source, _ in encode_pairs(tokenizer, pairs, args.max_length)[0]]
+
+    def __call__(self, name, model):
+        """Measure what is not measured yet: metric, size, and speed-up over the teacher at batch 1, greedy."""
+        if name in self.rows:
+            return
+        outputs = translate(model, self.sources, self.args, name)
+        quality = METRICS[self.args.metric]([self.tokenizer.decode(ids) for ids in outputs],
+                                            [target for _, target in self.pairs])
+        layers, full = [[len(getattr(m, stack).layers) for stack in STACKS] for m in (model, self.teacher)]
+        source = torch.tensor([self.sources[len(self.sources) // 2]], device=self.args.device)
+        base = self.rows["teacher"][self.args.metric] if self.rows else quality
+        self.rows[name] = {"encoder": layers[0], "decoder": layers[1], "ratio": sum(full) / sum(layers),
+                           "parameters": parameters(model), "speedup": speedup(self.teacher, model, source),
+                           self.args.metric: quality, "share": 100 * quality / base if base else 0.0}
+        write_json({"metric": self.args.metric, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+                    "device": self.args.device, "rows": self.rows}, self.file)
+        say(f"{name}: {self.args.metric} {quality:.1f}")
+
+
+def table(rows, metric):
+    """The rows as a Markdown table, which is readable as text too."""
+    lines = [f"| {'model':<16} | layers | ratio | parameters | speed-up | {metric:>6} | % of teacher |",
+             f"|{'-' * 18}|--------|------:|-----------:|---------:|-------:|-------------:|"]
+    for name, r in rows.items():
+        layers = f"{r['encoder']}+{r['decoder']}"
+        lines.append(f"| {name:<16} | {layers:<6} | {r['ratio']:4.2f}x | {r['parameters']:10,} | {r['speedup']:7.2f}x "
+                     f"| {r[metric]:6.1f} | {r['share']:12.1f} |")
+    return "\n".join(lines)
+
+
+def frontier(rows, metric):
+    """An SVG of quality against measured speed-up. Mid-tone colours and no background: it reads on white and black."""
+    left, top, width, height, grey = 60, 20, 520, 280, "#808080"
+    x_max = max(r["speedup"] for r in rows.values()) * 1.08
+    y_max = max(r[metric] for r in rows.values()) * 1.05 or 1.0
+
+    def at(r):
+        return left + width * r["speedup"] / x_max, top + height * (1 - r[metric] / y_max)
+
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {top + height + 50}" '
+           f'font-family="sans-serif" font-size="12" fill="{grey}">',
+           f'<path d="M{left},{top}V{top + height}H{left + width}" fill="none" stroke="{grey}"/>',
+           f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">measured speed-up</text>',
+           f'<text x="14" y="{top + height / 2}" transform="rotate(-90 14 {top + height / 2})" '
+           f'text-anchor="middle">{metric}</text>']
+    for i in range(5):
+        y, x = top + height * (1 - i / 4), left + width * (i + 1) / 5
+        svg.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{y_max * i / 4:.0f}</text>')
+        svg.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{x_max * (i + 1) / 5:.1f}x</text>')
+    for name, r in rows.items():
+        x, y = at(r)
+        colour = "#e8590c" if name.split()[0] in BASELINES else "#1c7ed6"
+        label = name.removeprefix("assembly ")
+        svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{name}: {r[metric]:.1f}</title>'
+                   f'</circle><text x="{x + 6:.1f}" y="{y - 5:.1f}" font-size="10" fill="{colour}">{label}</text>')
+    return "\n".join(svg + ["</svg>", ""])
+
+
+def keep_heap():
+    """Keep glibc from handing large buffers back to the kernel after every use: a CPU training step of a small model
+    spent a quarter of its time in the kernel getting them again. Does nothing without glibc."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)        # M_MMAP_MAX: no buffer gets a mapping of its own
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: bytes free at the heap's top before they go back
+    except (OSError, AttributeError):
+        pass
+
+
+if __name__ == "__main__":
+    keep_heap()
+    sys.exit(main())
