@@ -58,7 +58,7 @@ def choose_depths(ratio, strategy, encoder, decoder):
     full = encoder[-1] + decoder[-1]
     pairs = [(e, d) for e in encoder for d in decoder]
     total = min({e + d for e, d in pairs}, key=lambda k: abs(full / k - ratio))
-    if abs(full / total - ratio) > 0.05 * ratio:
+    if not abs(full / total - ratio) <= 0.05 * full / total:  # so put, it catches nan and inf
         possible = ", ".join(f"{full / k:.2f}" for k in sorted({e + d for e, d in pairs}, reverse=True))
         raise ValueError(f"--ratio {ratio:g}: no assembly comes near; possible: {possible}")
     pairs = [(e, d) for e, d in pairs if e + d == total]
@@ -128,11 +128,14 @@ def export(model, tokenizer_file, folder):
     if folder.exists():
         raise ValueError(f"{folder}: is there already: choose another --out, or remove it")
     shutil.rmtree(part, ignore_errors=True)
-    save_t5(model, part)
-    shutil.copyfile(tokenizer_file, part / "spiece.model")
-    write_json({"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "eos_token": "</s>", "unk_token": "<unk>",
-                "pad_token": "<pad>"}, part / "tokenizer_config.json")
-    os.replace(part, folder)
+    try:
+        save_t5(model, part)
+        shutil.copyfile(tokenizer_file, part / "spiece.model")
+        write_json({"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "eos_token": "</s>", "unk_token": "<unk>",
+                    "pad_token": "<pad>"}, part / "tokenizer_config.json")
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def main(argv=None):
@@ -162,6 +165,8 @@ def run(args):
         raise ValueError("give one of --ratio, --speedup, or --encoder with --decoder")
     if args.out and args.out.exists():
         raise ValueError(f"{args.out}: is there already: choose another --out, or remove it")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
     teacher = load_t5(args.run / "teacher")
     bank = load_bank(args.run / "bank.safetensors", teacher).eval()
     teacher, bank = teacher.to(args.device), bank.to(args.device)

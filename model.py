@@ -15,7 +15,6 @@ import math
 import os
 import re
 import sys
-import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -209,7 +208,8 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.norm = RMSNorm(config)
-        self.bidirectional, self.max_distance = bidirectional, config.relative_attention_max_distance
+        self.rate, self.bidirectional = config.dropout_rate, bidirectional
+        self.max_distance = config.relative_attention_max_distance
 
     def position_bias(self, length):
         """(1, H, length, length) for attention scores; a decoder's has the causal mask in it."""
@@ -220,10 +220,19 @@ class Stack(nn.Module):
         bias = self.positions(bucket).permute(2, 0, 1)[None]
         return bias if self.bidirectional else mask_out(bias, distance > 0)
 
+    def run(self, x, layers, *inputs, need_probs=False, cache=None):
+        """x (B, T, d_model) through `layers`, or the stack's own for None, then the norm -> StackOutput."""
+        states, probs = [], []
+        for i, layer in enumerate(self.layers if layers is None else layers):
+            x, p = layer(x, *inputs, need_probs, *([cache.layers[i]] if cache else []))
+            states.append(x)
+            probs.append(p)
+        return StackOutput(dropout(self.norm(x), self.rate, self.training), states, probs)
+
 
 def mask_out(bias, hidden):
     """bias where `hidden` (bool, broadcastable) is False, else -30,000: nothing after a softmax, finite in float16.
-    With -inf a row that is masked everywhere would be NaN; so it attends evenly."""
+    With -inf a row that is masked everywhere would be NaN."""
     return bias.masked_fill(hidden, -3e4)
 
 
@@ -312,12 +321,7 @@ class T5(nn.Module):
         x = dropout(self.embedding(input_ids), self.config.dropout_rate, self.training)
         padding = (input_ids == self.config.pad_token_id)[:, None, None, :]
         bias = mask_out(self.encoder.position_bias(input_ids.size(1)), padding)
-        states, probs = [], []
-        for layer in self.encoder.layers if layers is None else layers:
-            x, p = layer(x, bias, need_probs)
-            states.append(x)
-            probs.append(p)
-        return StackOutput(dropout(self.encoder.norm(x), self.config.dropout_rate, self.training), states, probs)
+        return self.encoder.run(x, layers, bias, need_probs=need_probs)
 
     def decode(self, decoder_input_ids, memory, memory_mask, layers=None, need_probs=False, cache=None):
         """(B, T) token ids, memory (B, S, d_model), memory_mask (B, S), True where a token is -> StackOutput.
@@ -333,12 +337,7 @@ class T5(nn.Module):
             start = cache.layers[0].length
             end = start + decoder_input_ids.size(1)
             bias, memory_bias = cache.bias[:, :, start:end, :end], cache.memory_bias
-        states, probs = [], []
-        for i, layer in enumerate(self.decoder.layers if layers is None else layers):
-            x, p = layer(x, bias, memory, memory_bias, need_probs, cache and cache.layers[i])
-            states.append(x)
-            probs.append(p)
-        return StackOutput(dropout(self.decoder.norm(x), self.config.dropout_rate, self.training), states, probs)
+        return self.decoder.run(x, layers, bias, memory, memory_bias, need_probs=need_probs, cache=cache)
 
     def logits(self, hidden):
         """(..., d_model) decoder output -> (..., vocab_size)."""
@@ -700,26 +699,6 @@ def fetch(base, path):
                 raise OSError(f"{url}: {f.tell()} of {total} bytes came")
     except urllib.error.HTTPError as error:
         raise (FileNotFoundError if error.code == 404 else OSError)(f"{url}: {error.code} {error.reason}") from None
-
-
-def pick_dtype(name, device):
-    """"float32", "bfloat16" or "float16" -> the torch dtype; "auto" -> bfloat16 on a GPU that has it, float16 on one
-    that has not, on a CPU bfloat16 where it multiplies faster, found out by trying."""
-    if name != "auto":
-        return getattr(torch, name)
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if torch.device(device).type != "cpu":
-        return torch.float32
-
-    def fastest(dtype):
-        x, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        return min(times)
-    return torch.bfloat16 if fastest(torch.bfloat16) < 0.7 * fastest(torch.float32) else torch.float32
 
 
 def main(argv=None):

@@ -109,9 +109,13 @@ def load_bank(path, teacher):
     if not names or not all(names):
         raise ValueError(f"{path}: not a bank of modules")
     granularities = {stack: sorted({int(m[3]) - int(m[2]) for m in names if m[1] == stack}) for stack in STACKS}
-    bank = Bank(teacher, granularities)
-    for name, parameter in bank.named_parameters():
-        if name not in weights or weights[name].shape != parameter.shape:
+    try:
+        bank = Bank(teacher, granularities)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    ours = bank.state_dict()
+    for name in {**ours, **weights}:
+        if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
             raise ValueError(f"{path}: tensor {name} is missing or does not fit the teacher")
     bank.load_state_dict(weights)
     return bank
@@ -141,7 +145,7 @@ def sample_path(n, spans, rate, rng):
 
 
 def realised_rate(path, spans):
-    """The share of this path's positions with a choice that took a module."""
+    """The share of this path's positions with a choice that took a module; 0 in a stack without modules."""
     starts = {start for start, _ in spans}
     drawn = [stop - start > 1 for start, stop in path if start in starts]
-    return sum(drawn) / len(drawn)
+    return sum(drawn) / max(1, len(drawn))

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from assemble import assemble, choose, depths, export, parameters, path_of_depth, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
-from distill import CE_ONLY, WEIGHTS, shrink, spread, train_modules, train_student
-from model import T5, T5Config, find_t5, load_t5, pick_dtype, write_json
-from modules import Bank, STACKS, load_bank, save_bank
+from distill import CE_ONLY, WEIGHTS, pick_dtype, shrink, train_modules, train_student
+from model import T5, T5Config, find_t5, load_t5, write_json
+from modules import STACKS, Bank, divisors, load_bank, module_spans, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
 BASELINES = ("sft", "kd", "pseudo", "theseus")
@@ -195,6 +195,8 @@ def start_run(args, pairs):
         if len(tokenizer.pieces) > teacher.config.vocab_size:
             raise ValueError(f"{folder}: spiece.model has {len(tokenizer.pieces)} pieces, the embedding "
                              f"{teacher.config.vocab_size} rows")
+    check_plan(args, *((args.layers, args.layers) if teacher is None else
+                       (teacher.config.num_layers, teacher.config.num_decoder_layers)))
     out.mkdir(parents=True, exist_ok=True)
     if teacher:
         tokenizer.save(out)
@@ -211,6 +213,17 @@ def start_run(args, pairs):
                               num_heads=args.d_model // 32, d_ff=4 * args.d_model, num_layers=args.layers,
                               num_decoder_layers=args.layers, scale_decoder_outputs=False))
     return teacher, tokenizer
+
+
+def check_plan(args, encoder, decoder):
+    """Raise ValueError, before anything is written, for modules or baselines that the teacher's depth can not have."""
+    for n in (encoder, decoder):
+        module_spans(n, args.granularities or divisors(n))
+    for kind, e, d in parse_baselines(args.baselines):
+        if not (1 <= e <= encoder and 1 <= d <= decoder):
+            raise ValueError(f"--baselines {kind}:{e}+{d}: the teacher has {encoder}+{decoder} layers")
+        if kind == "theseus" and (encoder % e or decoder % d):
+            raise ValueError(f"--baselines {kind}:{e}+{d}: equal spans do not tile {encoder}+{decoder} layers")
 
 
 def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop):

@@ -1,0 +1,548 @@
+"""
+assemble.py: the strategies, the plain T5 of an assembly, its measure, its folder, the command line. About 7 s:
+
+    python -m pytest tests/test_assemble.py
+"""
+
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import assemble as a  # noqa: E402
+import data  # noqa: E402
+import distill  # noqa: E402
+import model as m  # noqa: E402
+import modules as mod  # noqa: E402
+
+PATHS = {"encoder": [(0, 2), (2, 3), (3, 4)], "decoder": [(0, 3), (3, 4), (4, 6)]}  # of 4+6 layers; layer 0 replaced
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only get into each other's way on models of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(encoder=4, decoder=6, seed=0, **options):
+    """A random model in which every weight matters, norms and position tables included."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "num_heads": 3, "d_ff": 32, "num_layers": encoder,
+             "num_decoder_layers": decoder, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+    model = m.T5(m.T5Config(**sizes | options)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model
+
+
+def make_bank(teacher, granularities=None):
+    """A bank whose modules are unlike any of the teacher's layers."""
+    bank = mod.Bank(teacher, granularities)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in bank.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return bank.eval()
+
+
+def ids(*shape):
+    return torch.randint(2, 40, shape, generator=torch.Generator().manual_seed(0))
+
+
+def assert_tiles(path, n):
+    """The spans of `path`, laid out in order, are exactly the layers 0 ... n-1."""
+    layers = [layer for start, stop in path for layer in range(start, stop)]
+    assert layers == list(range(n)), f"a path must run or replace each of {n} layers once and in order, not {layers}"
+
+
+# ----------------------------------------------------------------------------- one stack
+
+
+def all_paths(n, spans, start=0):
+    """Every path from layer `start` to n, by brute force."""
+    if start == n:
+        return [[]]
+    steps = [(start, start + 1), *sorted({span for span in spans if span[0] == start})]
+    return [[step, *rest] for step in steps for rest in all_paths(n, spans, step[1])]
+
+
+@pytest.mark.parametrize("n, granularities", (
+    (1, []), (4, [2]), (4, [2, 4]), (5, [5]), (6, []), (6, [2, 3]), (6, [2, 3, 6]), (8, [2, 4]), (9, [3]),
+    (12, [2, 3, 4, 6]), (12, [4]), (12, [3, 6, 12])))
+def test_path_of_depth_is_the_best_of_all(n, granularities):
+    spans = mod.module_spans(n, granularities)
+    best = {}
+    for path in all_paths(n, spans):
+        lengths = [stop - start for start, stop in path]
+        rank = (sum(length ** 2 for length in lengths), lengths)  # of equals, the lower layers are whole
+        best[len(path)] = min(best.get(len(path), (rank, path)), (rank, path))
+    for depth in range(1, n + 1):
+        found, expected = a.path_of_depth(n, spans, depth), best[depth][1] if depth in best else None
+        assert found == expected, \
+            f"{depth} of {n} layers, {granularities}: of all paths the most even one is {expected}, not {found}"
+    assert a.depths(n, spans) == sorted(best), "the depths are those that some path has, ascending"
+
+
+@pytest.mark.parametrize("n, granularities", ((24, [2, 3, 4, 6]), (24, [4, 6]), (18, [2, 3, 6]), (15, [3, 5])))
+def test_every_chosen_path_tiles(n, granularities):
+    spans = mod.module_spans(n, granularities)
+    for depth in a.depths(n, spans):
+        path = a.path_of_depth(n, spans, depth)
+        assert len(path) == depth, f"a path of depth {depth} has {depth} spans"
+        assert_tiles(path, n)
+        mod.check_path(path, n, spans)
+
+
+@pytest.mark.parametrize("depth, path", ((6, [2] * 6), (4, [3] * 4), (3, [4] * 3), (2, [6] * 2), (11, [1] * 10 + [2]),
+                                         (9, [1] * 6 + [2] * 3), (12, [1] * 12), (1, None)))
+def test_path_of_depth_by_hand(depth, path):
+    spans = mod.module_spans(12, [2, 3, 4, 6])
+    assert a.path_of_depth(12, spans, depth) == (path and mod.path_of(path)), \
+        f"{depth} of 12 layers: equal spans if there are, else the upper layers go first: {path}"
+
+
+def test_depths_by_hand():
+    assert a.depths(12, mod.module_spans(12, [2, 3, 4, 6])) == list(range(2, 13)), "2 to 12 of 12 layers are possible"
+    assert a.depths(12, mod.module_spans(12, [6])) == [2, 7, 12], "spans of 6: none, one or both replaced"
+    assert a.depths(5, []) == [5], "without modules only the teacher's own depth"
+
+
+# ----------------------------------------------------------------------------- both stacks
+
+
+ALL = list(range(2, 13))
+
+
+@pytest.mark.parametrize("strategy, ratio, shape", (
+    ("size-first", 1.09, (11, 11)), ("size-first", 2, (6, 6)), ("size-first", 3, (4, 4)), ("size-first", 6, (2, 2)),
+    ("speed-first", 1.09, (12, 10)), ("speed-first", 2, (10, 2)), ("speed-first", 3, (6, 2)),
+    ("speed-first", 6, (2, 2)), ("size-first", 1, (12, 12)), ("speed-first", 1, (12, 12)),
+    ("size-first", 24 / 13, (7, 6)), ("speed-first", 24 / 21, (12, 9))))
+def test_choose_depths_by_hand(strategy, ratio, shape):
+    assert a.choose_depths(ratio, strategy, ALL, ALL) == shape, \
+        f"12+12 layers at {ratio:.2f}x, {strategy}: {shape[0]}+{shape[1]}; an odd layer stays in the encoder"
+
+
+@pytest.mark.parametrize("strategy, shape", (("size-first", (2, 6)), ("speed-first", (4, 4))))
+def test_choose_depths_of_an_asymmetric_model(strategy, shape):
+    assert a.choose_depths(2, strategy, [1, 2, 3, 4], list(range(2, 13))) == shape, \
+        "size-first shrinks both stacks by the same share (4 -> 2, 12 -> 6), speed-first leaves the encoder whole"
+
+
+@pytest.mark.parametrize("ratio", (2.5, 0.5, 0.0, -2.0, 7.0, float("nan"), float("inf"), float("-inf")))
+def test_unreachable_ratio_lists_the_possible(ratio):
+    with pytest.raises(ValueError) as caught:
+        a.choose_depths(ratio, "size-first", [2, 7, 12], [2, 7, 12])  # 24, 19, 14, 9 or 4 layers
+    for word in (f"{ratio:g}", "1.00, 1.26, 1.71, 2.67, 6.00"):
+        assert word in str(caught.value), f"name the ratio and all those there are: {caught.value}"
+
+
+def test_a_ratio_may_be_5_percent_off():
+    for ratio in (1.64, 1.79):
+        assert a.choose_depths(ratio, "size-first", [2, 7, 12], [2, 7, 12]) == (7, 7), "1.71x is near enough"
+    for ratio in (1.6, 1.85):
+        with pytest.raises(ValueError):
+            a.choose_depths(ratio, "size-first", [2, 7, 12], [2, 7, 12])
+
+
+def test_unknown_strategy():
+    with pytest.raises(ValueError, match="quality-first.*size-first, speed-first"):
+        a.choose_depths(2, "quality-first", ALL, ALL)
+
+
+@pytest.mark.parametrize("strategy", a.STRATEGIES)
+@pytest.mark.parametrize("encoder, decoder", ((4, 6), (6, 4), (6, 6)))
+def test_choose_gives_paths_that_assemble(strategy, encoder, decoder):
+    teacher = tiny(encoder, decoder)
+    bank = make_bank(teacher)
+    for total in range(encoder + decoder, 3, -1):
+        ratio = (encoder + decoder) / total
+        paths = a.choose(bank, teacher, ratio, strategy)
+        assert_tiles(paths["encoder"], encoder)
+        assert_tiles(paths["decoder"], decoder)
+        assert sum(map(len, paths.values())) == total, f"{ratio:.2f}x of {encoder}+{decoder} means {total} layers"
+        a.assemble(teacher, bank, paths)
+    least = a.choose(bank, teacher, (encoder + decoder) / 6, "speed-first")
+    assert len(least["decoder"]) < len(least["encoder"]) or encoder == 4, "speed-first takes the decoder's layers"
+
+
+def test_choose_takes_each_stacks_own_modules():
+    teacher = tiny(4, 6)
+    paths = a.choose(make_bank(teacher, {"encoder": [4], "decoder": [2]}), teacher, 2.5, "size-first")
+    assert paths == {"encoder": [(0, 4)], "decoder": [(0, 2), (2, 4), (4, 6)]}, "encoder and decoder must not mix"
+
+
+# ----------------------------------------------------------------------------- building
+
+
+@pytest.fixture(scope="module")
+def assembly():
+    teacher = tiny()
+    bank = make_bank(teacher)
+    return teacher, bank, a.assemble(teacher, bank, PATHS)
+
+
+def logits_of_paths(teacher, bank, paths, x, y):
+    layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in mod.STACKS}
+    memory = teacher.encode(x, layers["encoder"]).hidden
+    return teacher.logits(teacher.decode(y, memory, x != 0, layers["decoder"]).hidden)
+
+
+SOME = ({"encoder": [(0, 1), (1, 2), (2, 4)], "decoder": [(0, 1), (1, 2), (2, 4), (4, 6)]}, PATHS,
+        {"encoder": [(0, 4)], "decoder": [(0, 6)]}, {"encoder": [(0, 2), (2, 4)], "decoder": [(0, 2), (2, 4), (4, 6)]},
+        {"encoder": [(i, i + 1) for i in range(4)], "decoder": [(i, i + 1) for i in range(6)]})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("paths", SOME)
+@pytest.mark.parametrize("tied", (True, False))
+def test_assembly_is_its_path(paths, tied, tmp_path):
+    teacher = tiny(tie_word_embeddings=tied, scale_decoder_outputs=tied, dropout_rate=0.5)
+    bank, x, y = make_bank(teacher), ids(3, 7), ids(3, 5)
+    x[1, 4:] = 0
+    expected = logits_of_paths(teacher, bank, paths, x, y)
+    model = a.assemble(teacher.train(), bank.train(), paths)
+    assert torch.allclose(model(x, y), expected, atol=1e-6), "an assembly's logits are its path's, without dropout"
+    assert (model.head is model.embedding) is tied, "the head is tied as the teacher's is"
+    shape = (len(paths["encoder"]), len(paths["decoder"]))
+    assert (model.config.num_layers, model.config.num_decoder_layers) == shape, "the config tells the depth"
+    assert (teacher.config.num_layers, teacher.config.num_decoder_layers) == (4, 6), "the teacher's stays"
+    assert (len(model.encoder.layers), len(model.decoder.layers)) == shape
+    m.save_t5(model, tmp_path)
+    again = m.load_t5(tmp_path)
+    assert torch.allclose(again(x, y), expected, atol=1e-6), "and so they are after save_t5 and load_t5"
+    assert again.generate(x, 5).tolist() == model.generate(x, 5).tolist(), "it generates like any T5"
+
+
+@torch.no_grad()
+def test_other_paths_give_other_logits(assembly):
+    teacher, bank, _ = assembly
+    logits = [logits_of_paths(teacher, bank, paths, ids(3, 7), ids(3, 5)) for paths in SOME]
+    for one, other in itertools.combinations(logits, 2):
+        assert not torch.allclose(one, other, atol=1e-3), "paths that differ must differ in their logits"
+
+
+@torch.no_grad()
+def test_the_stack_keeps_its_position_table(assembly, tmp_path):
+    teacher, bank, model = assembly
+    m.save_t5(model, tmp_path)
+    again = m.load_t5(tmp_path)
+    for stack in mod.STACKS:
+        assert PATHS[stack][0] != (0, 1), "layer 0, whose name in the file carries the table, is replaced here"
+        table, norm = getattr(teacher, stack).positions.weight, getattr(teacher, stack).norm.weight
+        for name, copy in (("assembly", model), ("saved assembly", again)):
+            assert torch.equal(getattr(copy, stack).positions.weight, table), f"the {name} lost its {stack}'s positions"
+            assert torch.equal(getattr(copy, stack).norm.weight, norm), f"the {name} lost its {stack}'s final norm"
+    before = model(ids(2, 7), ids(2, 5))
+    again.encoder.positions.weight.zero_()
+    assert not torch.allclose(again(ids(2, 7), ids(2, 5)), before, atol=1e-3), "the table must matter for this test"
+
+
+def test_assembly_shares_nothing_with_the_bank():
+    teacher = tiny()
+    bank = make_bank(teacher)
+    teacher.requires_grad_(False)
+    before = {name: tensor.clone() for owner in (teacher, bank) for name, tensor in owner.state_dict().items()}
+    one, two = a.assemble(teacher, bank, PATHS), a.assemble(teacher, bank, PATHS)
+    start = {name: tensor.clone() for name, tensor in two.state_dict().items()}
+    batch = (ids(2, 6), ids(2, 6))
+    distill.train_student(one, [batch] * 3, 3, lr=1e-2)
+    for name, tensor in one.state_dict().items():
+        assert not torch.equal(tensor, start[name]), f"{name} of an assembly must be trainable like any T5's"
+    for owner in (teacher, bank):
+        for name, tensor in owner.state_dict().items():
+            assert torch.equal(tensor, before[name]), f"training the assembly changed {name} of teacher or bank"
+    assert all(torch.equal(tensor, start[name]) for name, tensor in two.state_dict().items()), \
+        "two assemblies must not share a tensor"
+    assert not any(weight.requires_grad for weight in teacher.parameters()), "and the teacher stays frozen"
+
+
+@pytest.mark.parametrize("stack, path, word", (
+    ("encoder", [(0, 2)], "covers 2 of 4"), ("encoder", [(0, 2), (3, 4)], "starts at layer 2"),
+    ("decoder", [(0, 4), (4, 6)], "no module was trained for layers 0-3"), ("decoder", [], "covers 0 of 6"),
+    ("decoder", [(0, 3), (3, 6), (6, 7)], "covers 7 of 6")))
+def test_assemble_refuses_paths(assembly, stack, path, word):
+    teacher, bank, _ = assembly
+    with pytest.raises(ValueError) as caught:
+        a.assemble(teacher, bank, PATHS | {stack: path})
+    assert word in str(caught.value), f"say what is wrong with {path}: {word}, not: {caught.value}"
+
+
+def test_parameters_by_hand():
+    for tied in (True, False):
+        attention, feed_forward = 4 * 16 * 12, 2 * 16 * 32
+        layers = 2 * (attention + feed_forward + 2 * 16) + 3 * (2 * attention + feed_forward + 3 * 16)
+        expected = layers + 2 * (8 * 3 + 16) + (1 if tied else 2) * 40 * 16  # tables and final norms, embedding, head
+        assert a.parameters(tiny(2, 3, tie_word_embeddings=tied)) == expected, \
+            f"{expected} parameters; a tied head is the embedding and counts once"
+
+
+# ----------------------------------------------------------------------------- measuring
+
+
+def test_a_small_model_is_faster():
+    teacher = tiny(12, 12)
+    student = a.assemble(teacher, make_bank(teacher, {"encoder": [12], "decoder": [12]}),
+                         {"encoder": [(0, 12)], "decoder": [(0, 12)]})
+    assert a.speedup(teacher, student, ids(2, 8), tokens=8, rounds=5) > 1.5, \
+        "1+1 layers must generate faster than 12+12; the teacher's time stands above the fraction line"
+
+
+def test_speedup_by_hand(monkeypatch):
+    times = {"teacher": [50.0, 6.0, 8.0, 90.0, 7.0, 6.0], "model": [1.0, 2.0, 60.0, 4.0, 1.0, 2.0]}
+    asked = []
+
+    def seconds(model, source, tokens):
+        asked.append(model)
+        return times[model][asked.count(model) - 1]
+    monkeypatch.setattr(a, "seconds", seconds)
+    assert a.speedup("teacher", "model", None, rounds=5) == 7.0 / 2.0, \
+        "after one round to warm up, the median of 6, 8, 90, 7, 6 over that of 2, 60, 4, 1, 2"
+    assert asked == ["teacher", "model"] * 6, "the two take turns, so that a slow minute hits both"
+
+
+def test_seconds_decodes_all_tokens(monkeypatch):
+    model, lengths, decode = tiny(), [], m.T5.decode
+
+    def spy(self, token, *args, **kwargs):
+        lengths.append((token.shape, kwargs["cache"].layers[0].length))
+        return decode(self, token, *args, **kwargs)
+    monkeypatch.setattr(m.T5, "decode", spy)
+    model.head.weight.data[1] = 1e3  # eos at once, for a search that stops
+    assert a.seconds(model, ids(3, 5), 6) > 0
+    assert lengths == [((3, 1), i) for i in range(6)], "6 tokens, one a step, for each of 3 sentences: no early stop"
+
+
+@pytest.mark.parametrize("strategy, wanted, shape", (("size-first", 2.0, (2, 3)), ("size-first", 1.2, (3, 5)),
+                                                     ("speed-first", 1.2, (4, 4)), ("size-first", 5.0, (1, 1))))
+def test_choose_speedup_takes_the_largest(monkeypatch, strategy, wanted, shape):
+    monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 10 / (len(model.encoder.layers)
+                                                                          + len(model.decoder.layers)))
+    teacher = tiny()
+    paths = a.choose_speedup(make_bank(teacher), teacher, wanted, strategy, None)
+    assert (len(paths["encoder"]), len(paths["decoder"])) == shape, \
+        f"the most layers that are {wanted}x as fast, when the time is the number of layers: {shape}"
+
+
+def test_choose_speedup_names_the_fastest(monkeypatch):
+    monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 10 / (len(model.encoder.layers)
+                                                                          + len(model.decoder.layers)))
+    teacher = tiny()
+    with pytest.raises(ValueError, match="--speedup 9: no size-first .* 5.00"):
+        a.choose_speedup(make_bank(teacher), teacher, 9.0, "size-first", None)
+
+
+# ----------------------------------------------------------------------------- the folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What train.py leaves of a teacher of 4+6 layers, as far as assemble.py reads it."""
+    folder = tmp_path_factory.mktemp("run")
+    teacher = tiny(vocab_size=60)
+    m.save_t5(teacher, folder / "teacher")
+    mod.save_bank(make_bank(teacher, {"encoder": [2, 4], "decoder": [2, 3]}), folder / "bank.safetensors")
+    data.train_tokenizer([text for pair in data.toy_corpus(100, seed=0) for text in pair], folder / "spiece.model", 60)
+    return folder
+
+
+def test_export_writes_a_t5_folder(assembly, run_folder, tmp_path):
+    model, folder = assembly[2], tmp_path / "new" / "small"
+    a.export(model, run_folder / "spiece.model", folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "spiece.model",
+                     "tokenizer_config.json"}, "a T5 folder with its tokenizer and generation config"
+    assert [path.name for path in folder.parent.iterdir()] == ["small"], "and nothing beside it"
+    text = "a b c"
+    assert data.Tokenizer(folder).encode(text) == data.Tokenizer(run_folder).encode(text), "the tokenizer is the run's"
+    config, tokenizer = [json.loads((folder / name).read_text(encoding="utf-8"))
+                         for name in ("config.json", "tokenizer_config.json")]
+    assert tokenizer["tokenizer_class"] == "T5Tokenizer", "Hugging Face reads from this which tokenizer it is"
+    assert (config["num_layers"], config["num_decoder_layers"]) == (3, 3), "both depths are written"
+    with torch.no_grad():
+        x = ids(2, 6)
+        assert torch.equal(m.load_t5(folder)(x, x), model(x, x)), "load_t5 reads it"
+
+
+@pytest.mark.parametrize("kind", ("folder", "file"))
+def test_export_refuses_what_is_there(assembly, run_folder, tmp_path, kind):
+    folder = tmp_path / "small"
+    folder.mkdir() if kind == "folder" else folder.write_text("precious", encoding="utf-8")
+    with pytest.raises(ValueError, match="small: is there already"):
+        a.export(assembly[2], run_folder / "spiece.model", folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"], "nothing is written"
+    assert not list(folder.iterdir()) if kind == "folder" else folder.read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("where", ("tokenizer", "write", "replace"))
+def test_failed_export_leaves_nothing(assembly, run_folder, tmp_path, monkeypatch, where):
+    tokenizer = tmp_path / "none" / "spiece.model" if where == "tokenizer" else run_folder / "spiece.model"
+
+    def full(*_):
+        raise OSError("no space left on device")
+    if where == "write":
+        monkeypatch.setattr(a, "write_json", full)
+    if where == "replace":
+        monkeypatch.setattr(a.os, "replace", full)
+    with pytest.raises(OSError):
+        a.export(assembly[2], tokenizer, tmp_path / "small")
+    assert list(tmp_path.iterdir()) == [], "a failed export leaves no part of a folder"
+
+
+def test_export_after_a_crash(assembly, run_folder, tmp_path):
+    (tmp_path / "small.part").mkdir()
+    (tmp_path / "small.part" / "pytorch_model.bin").write_bytes(b"half")
+    a.export(assembly[2], run_folder / "spiece.model", tmp_path / "small")
+    assert not (tmp_path / "small" / "pytorch_model.bin").exists(), "what a killed run left must not get in"
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def command(capsys, *args):
+    """Run the command line here -> (exit status, stdout, stderr)."""
+    status = a.main([str(arg) for arg in args])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without measuring: the time is the number of layers."""
+    monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 10 / (len(model.encoder.layers)
+                                                                          + len(model.decoder.layers)))
+
+
+def test_a_good_run(run_folder, tmp_path):
+    out = tmp_path / "small"
+    line = [sys.executable, str(ROOT / "assemble.py"), str(run_folder), "--ratio", "2", "--out", str(out)]
+    run = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stderr == "", f"a good run has exit status 0 and no errors: {run.stderr}"
+    words = {line.split()[0]: line for line in run.stdout.splitlines()}
+    teacher, model = m.load_t5(run_folder / "teacher"), m.load_t5(out)
+    assert words["layers"].endswith("2+3 of 4+6") and "2.00x" in words["ratio"], run.stdout
+    assert words["encoder"].endswith(" 2,2") and words["decoder"].endswith(" 2,2,2"), run.stdout
+    assert f"{a.parameters(model):,} of {a.parameters(teacher):,}" in words["parameters"], run.stdout
+    assert float(words["speed-up"].split()[1].rstrip("x")) > 0 and "measured" in words["speed-up"], run.stdout
+    assert str(out) in words["written"] and "use_cache=False" in words["note:"], \
+        "fewer encoder than decoder layers need a word on generating with transformers"
+    bank = mod.load_bank(run_folder / "bank.safetensors", teacher).eval()
+    paths = {"encoder": mod.path_of([2, 2]), "decoder": mod.path_of([2, 2, 2])}
+    with torch.no_grad():
+        x, y = ids(2, 7), ids(2, 5)
+        assert torch.allclose(model(x, y), logits_of_paths(teacher, bank, paths, x, y), atol=1e-6), \
+            "the folder holds the assembly of the run's bank"
+    assert data.Tokenizer(out).encode("a b") == data.Tokenizer(run_folder).encode("a b"), "with the run's tokenizer"
+
+
+@pytest.mark.parametrize("options, layers, note", (
+    (["--ratio", "2", "--strategy", "speed-first"], "3+2 of", False),
+    (["--encoder", "1,1,2", "--decoder", "3,1,2"], "3+3 of", False),
+    (["--encoder", "4", "--decoder", "1,1,1,1,1,1"], "1+6 of", True),
+    (["--speedup", "2.4"], "2+2 of", False),
+    (["--speedup", "2.4", "--strategy", "speed-first"], "2+2 of", False),
+    (["--ratio", "1"], "4+6 of", True)))
+def test_ways_to_choose(run_folder, tmp_path, capsys, quick, options, layers, note):
+    status, out, error = command(capsys, run_folder, *options, "--out", tmp_path / "small")
+    assert (status, error) == (0, ""), f"{options} is a good command line"
+    assert layers in out, f"{options} means {layers} 4+6, not\n{out}"
+    assert ("note:" in out) is note, "the note is for fewer encoder than decoder layers"
+    m.load_t5(tmp_path / "small")
+
+
+def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in run_folder.iterdir())
+    status, out, _ = command(capsys, run_folder, "--ratio", "2", "--batch-size", "3")
+    assert status == 0 and "batch 3" in out and "written" not in out
+    assert list(tmp_path.iterdir()) == [] and sorted(path.name for path in run_folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("options, words", (
+    (["--ratio", "4"], ["--ratio 4", "possible: 1.00, 1.11"]),
+    (["--ratio", "nan"], ["--ratio nan"]),
+    (["--ratio", "2", "--speedup", "2"], ["--ratio", "--speedup", "--encoder"]),
+    ([], ["--ratio", "--speedup", "--encoder"]),
+    (["--encoder", "2,2"], ["--encoder", "--decoder"]),
+    (["--decoder", "2,2,2"], ["--encoder", "--decoder"]),
+    (["--encoder", "2,2", "--decoder", "2,2,2", "--ratio", "2"], ["--ratio", "--encoder"]),
+    (["--encoder", "2", "--decoder", "2,2,2"], ["covers 2 of 4"]),
+    (["--encoder", "2,2", "--decoder", "2,2,2,2"], ["no module", "6-7"]),
+    (["--encoder", "1,2,1", "--decoder", "2,2,2"], ["no module", "1-2"]),
+    (["--encoder", "2,2", "--decoder", "6"], ["no module", "0-5"]),
+    (["--encoder", "0,2,2", "--decoder", "2,2,2"], ["(0, 0)"]),
+    (["--encoder", "2;2", "--decoder", "2,2,2"], ["--encoder 2;2", "2,2,1"]),
+    (["--encoder", "2,2", "--decoder", "2,,2"], ["--decoder 2,,2"]),
+    (["--speedup", "1000"], ["--speedup 1000", "3.33"]),
+    (["--ratio", "2", "--batch-size", "0"], ["--batch-size 0"]),
+    (["--ratio", "2", "--batch-size", "-1"], ["--batch-size -1"])))
+def test_bad_options(run_folder, tmp_path, capsys, quick, options, words):
+    status, out, error = command(capsys, run_folder, *options, "--out", tmp_path / "small")
+    assert status == 2, f"a wrong option is exit status 2: {options}"
+    assert error.count("\n") == 1 and all(word in error for word in words), f"one line that names it, not: {error}"
+    assert out == "" and list(tmp_path.iterdir()) == [], "nothing is printed and nothing written"
+
+
+@pytest.mark.parametrize("options", (["--ratio", "two"], ["--strategy", "best", "--ratio", "2"]))
+def test_options_that_argparse_refuses(run_folder, tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as caught:
+        command(capsys, run_folder, *options, "--out", tmp_path / "small")
+    assert caught.value.code == 2, "a wrong option is exit status 2"
+    assert options[0] in capsys.readouterr().err.splitlines()[-1], "the last line names the option"
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def test_existing_out(run_folder, tmp_path, capsys, quick):
+    (tmp_path / "small").mkdir()
+    status, out, error = command(capsys, run_folder, "--ratio", "2", "--out", tmp_path / "small")
+    assert status == 2 and error.count("\n") == 1 and str(tmp_path / "small") in error and out == "", \
+        "what is there already is found before any work is done"
+    assert list((tmp_path / "small").iterdir()) == [] and len(list(tmp_path.iterdir())) == 1, "and stays as it is"
+
+
+@pytest.mark.parametrize("change, word", (
+    (lambda run: shutil.rmtree(run), "teacher"),
+    (lambda run: shutil.rmtree(run / "teacher"), "teacher"),
+    (lambda run: (run / "teacher" / "config.json").write_text("{}", encoding="utf-8"), "config.json"),
+    (lambda run: (run / "bank.safetensors").unlink(), "bank.safetensors"),
+    (lambda run: (run / "bank.safetensors").write_bytes(b"half"), "bank.safetensors"),
+    (lambda run: mod.save_bank(mod.Bank(tiny(12, 12)), run / "bank.safetensors"), "bank.safetensors"),
+    (lambda run: (run / "spiece.model").unlink(), "spiece.model")))
+def test_bad_run_folder(run_folder, tmp_path, capsys, quick, monkeypatch, change, word):
+    monkeypatch.setenv("MODULAR_T5_HUB", "http://127.0.0.1:9")  # should a name ever reach the network
+    shutil.copytree(run_folder, tmp_path / "run")
+    change(tmp_path / "run")
+    status, _, error = command(capsys, tmp_path / "run", "--ratio", "2", "--out", tmp_path / "small")
+    assert status == 2 and error.count("\n") == 1, f"a run that lacks something is one line and exit status 2: {error}"
+    assert str(tmp_path / "run") in error and word in error, f"the line must name {word}: {error}"
+    assert {path.name for path in tmp_path.iterdir()} <= {"run"}, "nothing is written"
+
+
+def test_a_bug_keeps_its_traceback(run_folder, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(a, "assemble", broken)
+    with pytest.raises(RuntimeError):
+        a.main([str(run_folder), "--ratio", "2"])
+
+
+def test_random_paths_assemble(assembly):
+    teacher, bank, _ = assembly
+    rng = random.Random(0)
+    for _ in range(20):
+        paths = {stack: mod.sample_path(n, bank.spans[stack], 0.5, rng) for stack, n in zip(mod.STACKS, (4, 6))}
+        model = a.assemble(teacher, bank, paths)
+        assert [len(model.encoder.layers), len(model.decoder.layers)] == [len(paths[stack]) for stack in mod.STACKS], \
+            "every path that training samples can be assembled"

@@ -1,0 +1,743 @@
+"""
+distill.py: the losses against hand calculations, one training loop, what it moves and how it resumes. About 7 s:
+
+    python -m pytest tests/test_distill.py
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import distill as d  # noqa: E402
+import model as m  # noqa: E402
+import modules as mod  # noqa: E402
+
+START = 3  # the decoder's first token; not pad, so that no test mixes them up
+TERMS = ("ce", "logits", "hidden", "attention")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only get into each other's way on models of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(encoder=4, decoder=6, seed=0, **options):
+    """A random model in which every weight matters, norms and position tables included."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "num_heads": 3, "d_ff": 32, "num_layers": encoder,
+             "num_decoder_layers": decoder, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+             "decoder_start_token_id": START, "scale_decoder_outputs": False}
+    model = m.T5(m.T5Config(**sizes | options)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model
+
+
+def make_bank(teacher, granularities=None, seed=1):
+    """A bank whose modules are unlike any of the teacher's layers."""
+    bank = mod.Bank(teacher, granularities)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in bank.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return bank
+
+
+def padded(rows):
+    """[[id, ...], ...] -> (B, S), padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+SOURCE, TARGET = padded([[5, 6, 7, 8, 1], [9, 1], [11, 12, 1]]), padded([[21, 1], [22, 23, 24, 1], [25, 26, 1]])
+
+
+def toy_batches(n, seed=0):
+    """n batches of sources of 3 to 6 tokens, the targets are the sources backwards."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for _ in range(n):
+        rows = [torch.randint(4, 40, (int(length),), generator=generator).tolist()
+                for length in torch.randint(3, 7, (4,), generator=generator)]
+        batches.append((padded([row + [1] for row in rows]), padded([row[::-1] + [1] for row in rows])))
+    return batches
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def log_probs(row):
+    """A list of logits -> a list of log probabilities, with the standard library alone."""
+    total = math.log(sum(math.exp(x) for x in row))
+    return [x - total for x in row]
+
+
+# ----------------------------------------------------------------------------- the losses, by hand
+
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])  # p = (1/4, 3/4) and (1/2, 1/2)
+    expected = -(math.log(3 / 4) + math.log(1 / 2)) / 2
+    assert d.cross_entropy(logits, torch.tensor([1, 0])).item() == pytest.approx(expected, abs=1e-6), \
+        "the mean over tokens of -log p(token): here -(log 3/4 + log 1/2) / 2"
+
+
+def test_logit_distillation_by_hand():
+    teacher, student = torch.tensor([[0.0, math.log(3)], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [5.0, 5.0]])
+    expected = (0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)) / 2  # the second token agrees
+    assert d.logit_distillation(student, teacher).item() == pytest.approx(expected, abs=1e-6), \
+        "the mean over tokens of sum_v p_teacher log(p_teacher / p_student): the teacher's p stands before the log"
+    twice = d.logit_distillation(student.repeat(2, 1), teacher.repeat(2, 1)).item()
+    assert twice == pytest.approx(expected, abs=1e-6), "a mean over tokens does not grow with their number"
+
+
+def test_hidden_distillation_by_hand():
+    teacher = torch.tensor([[[3.0, 4.0], [0.0, 5.0]], [[6.0, 8.0], [999.0, 999.0]]])
+    student = torch.tensor([[[3.0, 2.0], [3.0, 5.0]], [[6.0, 8.0], [-77.0, 55.0]]])
+    mask = torch.tensor([[True, True], [True, False]])
+    expected = ((4 + 9 + 0) / 3) / ((25 + 25 + 100) / 3)
+    assert d.hidden_distillation(student, teacher, mask).item() == pytest.approx(expected, rel=1e-6), \
+        "mean squared error of the real tokens over the teacher's mean square: (4 + 9 + 0) / (25 + 25 + 100)"
+    scaled = d.hidden_distillation(student * 10, teacher * 10, mask).item()
+    assert scaled == pytest.approx(expected, rel=1e-5), "a share of the teacher's own size does not depend on the scale"
+
+
+def test_attention_distillation_by_hand():
+    teacher = torch.tensor([[[[0.25, 0.75], [1.0, 0.0]], [[0.5, 0.5], [1.0, 0.0]]]])  # 1 sentence, 2 heads, 2 queries
+    student = torch.tensor([[[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [1.0, 0.0]]]])
+    first = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    both = d.attention_distillation(student, teacher, torch.tensor([[True, True]])).item()
+    assert both == pytest.approx((first + math.log(2)) / 4, abs=1e-6), \
+        "the mean over 2 queries and 2 heads of KL(teacher || student); two of the four agree"
+    masked = d.attention_distillation(student, teacher, torch.tensor([[True, False]])).item()
+    assert masked == pytest.approx(first / 2, abs=1e-6), "a query that is padding must not count"
+    zero = torch.tensor([[[[1.0, 0.0]]]])
+    assert math.isfinite(d.attention_distillation(1 - zero, zero, torch.tensor([[True]])).item()), \
+        "a probability of 0 in the student must not make the loss infinite"
+
+
+def test_losses_are_computed_in_float32():
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 40) * 5, torch.randn(6, 40) * 5
+    half_a, half_b = a.bfloat16(), b.bfloat16()
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for ours, exact in (
+            (d.cross_entropy(half_a, torch.arange(6)), d.cross_entropy(half_a.float(), torch.arange(6))),
+            (d.logit_distillation(half_a, half_b), d.logit_distillation(half_a.float(), half_b.float())),
+            (d.hidden_distillation(half_a.view(2, 3, 40), half_b.view(2, 3, 40), mask),
+             d.hidden_distillation(half_a.view(2, 3, 40).float(), half_b.view(2, 3, 40).float(), mask))):
+        assert ours.dtype is torch.float32 and torch.equal(ours, exact), "16-bit inputs are summed in float32"
+
+
+def test_shift_right_by_hand():
+    config = m.T5Config(decoder_start_token_id=START)
+    shifted = d.shift_right(torch.tensor([[7, 8, 1], [9, 1, 0]]), config)
+    assert shifted.tolist() == [[START, 7, 8], [START, 9, 1]], \
+        "position t of the decoder reads target t - 1, and the start token at first"
+
+
+# ----------------------------------------------------------------------------- a batch's loss
+
+
+@torch.no_grad()
+def run_by_hand(model, layers, source, target):
+    """One sentence without padding, layer by layer. Returns the states and attention probabilities after each layer of
+    both stacks, and the logits (T, vocab)."""
+    states, probs = {"encoder": [], "decoder": []}, {"encoder": [], "decoder": []}
+    x, bias = model.embedding(source)[None], model.encoder.position_bias(len(source))
+    for layer in layers["encoder"]:
+        x, p = layer(x, bias, need_probs=True)
+        states["encoder"].append(x[0])
+        probs["encoder"].append(p)
+    memory, everything = model.encoder.norm(x), torch.zeros(1, 1, 1, len(source))
+    inputs = torch.tensor([START, *target[:-1].tolist()])
+    x, bias = model.embedding(inputs)[None], model.decoder.position_bias(len(inputs))
+    for layer in layers["decoder"]:
+        x, p = layer(x, bias, memory, everything, need_probs=True)
+        states["decoder"].append(x[0])
+        probs["decoder"].append(p)
+    return states, probs, model.logits(model.decoder.norm(x))[0]
+
+
+def losses_by_hand(student, teacher, layers, own, compared):
+    """All terms, sentence by sentence, number by number. compared: {stack: [(layer of the student, of the teacher)]}"""
+    ce, kl = [], []
+    pairs = {(stack, i, j): {"error": [], "size": [], "attention": {}}
+             for stack in compared for i, j in compared[stack]}
+    for source, target in zip(SOURCE, TARGET):
+        source, target = source[source != 0], target[target != 0]
+        states, probs, logits = run_by_hand(student, layers, source, target)
+        their_states, their_probs, their_logits = run_by_hand(teacher, own, source, target)
+        for t, token in enumerate(target.tolist()):
+            p, q = log_probs(their_logits[t].tolist()), log_probs(logits[t].tolist())
+            ce.append(-q[token])
+            kl.append(sum(math.exp(a) * (a - b) for a, b in zip(p, q)))
+        for (stack, i, j), sums in pairs.items():
+            s, t = states[stack][i], their_states[stack][j]
+            sums["error"] += [(a - b).square().sum().item() for a, b in zip(s, t)]
+            sums["size"] += [b.square().sum().item() for b in t]
+            for kind, (a, b) in enumerate(zip(probs[stack][i], their_probs[stack][j])):  # self, cross
+                visible = b > 0  # a later position has probability 0
+                term = torch.where(visible, b * (b / a).log(), 0.0).sum(-1)  # (1, H, T)
+                sums["attention"].setdefault(kind, []).extend(term.flatten().tolist())
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return {"ce": mean(ce), "logits": mean(kl),
+            "hidden": mean([mean(sums["error"]) / mean(sums["size"]) for sums in pairs.values()]),
+            "attention": mean([mean(terms) for sums in pairs.values() for terms in sums["attention"].values()])}
+
+
+def assert_close(terms, expected, what):
+    assert set(terms) == set(expected), f"{what}: the terms are {sorted(expected)}, not {sorted(terms)}"
+    for name, value in expected.items():
+        value = value.item() if isinstance(value, torch.Tensor) else value
+        assert terms[name].item() == pytest.approx(value, rel=2e-4, abs=1e-6), \
+            f"{what}: {name} must be {value:.6f}, not {terms[name].item():.6f}"
+
+
+def own_layers(model):
+    return {stack: list(getattr(model, stack).layers) for stack in mod.STACKS}
+
+
+PATHS = {"encoder": [(0, 1), (1, 2), (2, 4)], "decoder": [(0, 2), (2, 3), (3, 6)]}
+
+
+def test_losses_of_modules_by_hand():
+    teacher = tiny()
+    bank = make_bank(teacher)
+    layers = {stack: bank.layers(teacher, stack, PATHS[stack]) for stack in mod.STACKS}
+    terms = d.losses(teacher, SOURCE, TARGET, d.WEIGHTS, teacher, layers, PATHS)
+    # Only the modules are held against the teacher: the third layer of the encoder's path, the first and third of the
+    # decoder's, each against the teacher's last layer of that span.
+    compared = {"encoder": [(2, 3)], "decoder": [(0, 1), (2, 5)]}
+    assert_close(terms, losses_by_hand(teacher, teacher, layers, own_layers(teacher), compared), "modules")
+    assert all(terms[name].requires_grad for name in TERMS), "every term must train the modules"
+
+
+def test_losses_of_a_student_by_hand():
+    teacher, student = tiny(), tiny(2, 3, seed=5)
+    paths = {"encoder": [(0, 1), (1, 4)], "decoder": [(0, 1), (1, 4), (4, 6)]}
+    terms = d.losses(student, SOURCE, TARGET, d.WEIGHTS, teacher, paths=paths)
+    # Every layer of a static student can learn, so those that stand for one layer count, too.
+    compared = {"encoder": [(0, 0), (1, 3)], "decoder": [(0, 0), (1, 3), (2, 5)]}
+    expected = losses_by_hand(student, teacher, own_layers(student), own_layers(teacher), compared)
+    assert_close(terms, expected, "student")
+    without = {name: 1.0 for name in ("ce", "logits", "hidden")}
+    terms = d.losses(student, SOURCE, TARGET, without, teacher, paths=paths)
+    assert_close(terms, {name: expected[name] for name in without}, "without attention")
+    alone = d.losses(student, SOURCE, TARGET, d.CE_ONLY)
+    assert_close(alone, {"ce": expected["ce"]}, "without a teacher")
+
+
+@pytest.mark.parametrize("names", (("ce",), ("ce", "logits"), ("hidden",), ("ce", "attention"), TERMS))
+def test_only_terms_with_a_weight(names):
+    teacher, student = tiny(), tiny(2, 3, seed=5)
+    paths = {"encoder": d.spread(4, 2), "decoder": d.spread(6, 3)}
+    terms = d.losses(student, SOURCE, TARGET, dict.fromkeys(names, 1.0), teacher, paths=paths)
+    assert set(terms) == set(names), f"weights name the terms of the loss: {names}, not {sorted(terms)}"
+
+
+@pytest.mark.parametrize("kind", ("modules", "student"))
+def test_padding_changes_nothing(kind):
+    teacher = tiny()
+    student, layers, paths = teacher, None, PATHS
+    if kind == "modules":
+        bank = make_bank(teacher)
+        layers = {stack: bank.layers(teacher, stack, PATHS[stack]) for stack in mod.STACKS}
+    else:
+        student = tiny(3, 3, seed=5)
+    plain = d.losses(student, SOURCE, TARGET, d.WEIGHTS, teacher, layers, paths)
+    for source, target in ((F.pad(SOURCE, (0, 6)), TARGET), (SOURCE, F.pad(TARGET, (0, 5))),
+                           (F.pad(SOURCE, (0, 1)), F.pad(TARGET, (0, 9)))):
+        more = d.losses(student, source, target, d.WEIGHTS, teacher, layers, paths)
+        for name in TERMS:
+            assert more[name].item() == pytest.approx(plain[name].item(), rel=1e-5), \
+                f"{name} must not change when padding is appended to source or target"
+
+
+@pytest.mark.parametrize("names", (TERMS, ("ce", "logits", "hidden")))
+def test_a_student_identical_to_the_teacher_has_no_distillation_loss(names):
+    teacher = tiny(dropout_rate=0.1)
+    student = d.shrink(teacher, 4, 6)
+    paths = {"encoder": d.spread(4, 4), "decoder": d.spread(6, 6)}
+    terms = d.losses(student, SOURCE, TARGET, dict.fromkeys(names, 1.0), teacher, paths=paths)
+    for name in names[1:]:
+        assert abs(terms[name].item()) < 1e-6, f"{name} of a student that is the teacher must be 0"
+    assert terms["ce"].item() > 0.1, "its cross-entropy is the teacher's own, not 0"
+    other = d.losses(tiny(seed=9), SOURCE, TARGET, dict.fromkeys(names, 1.0), teacher, paths=paths)
+    assert all(other[name].item() > 1e-3 for name in names), "another model must have a loss, or 0 says nothing"
+
+
+def test_no_gradient_reaches_the_teacher_through_its_targets():
+    teacher, student = tiny(), tiny(2, 3, seed=5)
+    paths = {"encoder": d.spread(4, 2), "decoder": d.spread(6, 3)}
+    sum(d.losses(student, SOURCE, TARGET, d.WEIGHTS, teacher, paths=paths).values()).backward()
+    assert all(weight.grad is None for weight in teacher.parameters()), "the teacher's outputs are constants"
+    assert all(weight.grad is not None for weight in student.parameters()), "all of a static student trains"
+
+
+# ----------------------------------------------------------------------------- one training step of the bank
+
+
+def record_paths(monkeypatch):
+    """A list that gets every path `train_modules` samples, encoder and decoder in turn."""
+    paths = []
+
+    def sample(*args):
+        paths.append(mod.sample_path(*args))
+        return paths[-1]
+    monkeypatch.setattr(d, "sample_path", sample)
+    return paths
+
+
+def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
+    teacher = tiny(dropout_rate=0.1)
+    bank, paths, grads = make_bank(teacher), record_paths(monkeypatch), {}
+    before, start = copy_of(teacher), copy_of(bank)
+    for name, weight in bank.named_parameters():
+        weight.register_hook(lambda grad, name=name: grads.update({name: grad.abs().max().item()}))
+    d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, seed=3, rate_start=0.7, rate_rise=math.inf)
+    assert same(copy_of(teacher), before), "training modules must leave the teacher as it was, bit for bit"
+    assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters()), \
+        "no gradient is kept for the teacher"
+    used = {f"{stack}.{a}-{b}." for path, stack in zip(paths, mod.STACKS * 2) for a, b in path if b - a > 1}
+    assert 1 < len(used) < sum(map(len, bank.spans.values())), "the test needs modules on the paths and off them"
+    for name, weight in bank.state_dict().items():
+        if name.startswith(tuple(used)):
+            assert grads.get(name, 0.0) > 0.0, f"{name} is on a path and must get a gradient"
+            assert not torch.equal(weight, start[name]), f"{name} is on a path and must move"
+        else:
+            assert name not in grads and torch.equal(weight, start[name]), f"{name} is on no path and must stay"
+
+
+def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
+    teacher, seen = tiny(), []
+    bank, step = make_bank(teacher), torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in weights if weight.grad is not None))
+        seen.append(({id(weight) for weight in weights}, norm, self.param_groups[0]["lr"]))
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    records = []
+    d.train_modules(teacher, bank, toy_batches(10), 10, lr=1e-2, weights=dict.fromkeys(TERMS, 50.0),
+                    log=records.append)
+    for i, ((ids, norm, rate), record) in enumerate(zip(seen, records, strict=True)):
+        assert ids == set(map(id, bank.parameters())), "the optimizer must see exactly the bank's parameters"
+        assert record["grad_norm"] > 1.0 and norm == pytest.approx(1.0, abs=1e-3), "gradients are clipped to norm 1"
+        assert rate == d.learning_rate(i, 10, 1e-2) == record["lr"], "each step has the learning rate of its own place"
+
+
+def test_gradients_do_not_pile_up():
+    model, seen = tiny(1, 1), []
+    weight = model.encoder.norm.weight
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    batch = toy_batches(1)[0]
+    d.train_student(model, [batch] * 3, 3, lr=0.0, weights={"ce": 1e-3})
+    model = tiny(1, 1).train()
+    (1e-3 * d.losses(model, *batch, d.CE_ONLY)["ce"]).backward()
+    assert seen[1].norm() < 1.5 * seen[0].norm(), "gradients must be cleared after every step"
+
+
+def test_frozen_layers_run_without_dropout_and_modules_with_it():
+    records = {}
+    for rate in (0.0, 1.0):
+        for seed in (0, 1):
+            teacher, log = tiny(dropout_rate=0.3), []
+            bank = mod.Bank(teacher, {"encoder": [2], "decoder": [2]})
+            d.train_modules(teacher.train(), bank, [(SOURCE, TARGET)], 1, lr=1e-3, seed=seed, rate_start=rate,
+                            rate_rise=math.inf, log=log.append)
+            records[rate, seed] = log[0]
+    with torch.no_grad():
+        ce = d.losses(tiny(), SOURCE, TARGET, d.CE_ONLY)["ce"].item()
+    for seed in (0, 1):
+        record = records[0.0, seed]
+        assert record["ce"] == pytest.approx(ce, rel=1e-6), "at rate 0 the step runs the teacher, without dropout"
+        assert abs(record["logits"]) < 1e-6, "at rate 0 the student is the teacher"
+        assert "hidden" not in record and "attention" not in record, "without a module nothing is held against a state"
+        assert record["rate"] == record["rate_encoder"] == record["rate_decoder"] == 0.0
+        assert records[1.0, seed]["rate_encoder"] == records[1.0, seed]["rate_decoder"] == 1.0
+    assert records[1.0, 0]["ce"] != records[1.0, 1]["ce"], "modules train with dropout: another seed, another loss"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_a_step_without_any_module_is_no_error(dtype):
+    teacher = tiny()
+    bank = make_bank(teacher)
+    before, records = copy_of(bank), []
+    d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, rate_start=0.0, rate_rise=math.inf, dtype=dtype,
+                    log=records.append)
+    assert len(records) == 2 and same(copy_of(bank), before), "with no module on its paths a step changes nothing"
+
+
+def test_a_stack_without_modules_trains_the_other():
+    teacher, records = tiny(), []
+    bank = make_bank(teacher, {"encoder": [], "decoder": [3]})
+    before = copy_of(bank)
+    d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, rate_start=1.0, weights=d.CE_ONLY, log=records.append)
+    assert records[0]["rate_encoder"] == 0.0 and records[0]["rate_decoder"] == 1.0, "Theseus may shrink one stack alone"
+    assert not same(copy_of(bank), before), "the other stack's modules must train"
+
+
+def test_sampled_rates_of_a_training(monkeypatch):
+    """The real step, but for the losses: first at rate 0.3, then at a rising rate."""
+    teacher = tiny(6, 6)
+    bank, seen = make_bank(teacher, {"encoder": [2], "decoder": [2]}), []
+
+    def losses(student, source, target, weights, teacher, layers, paths):
+        seen.append([[float(b - a > 1) for a, b in paths[stack] if a % 2 == 0] for stack in mod.STACKS])
+        for stack in mod.STACKS:
+            expected = bank.layers(student, stack, paths[stack])
+            assert len(layers[stack]) == len(expected) and all(a is b for a, b in zip(layers[stack], expected)), \
+                "the layers that run are those of the sampled path"
+        return {"ce": torch.zeros(())}
+    monkeypatch.setattr(d, "losses", losses)
+    steps = 800
+    batches = [(SOURCE, TARGET)] * steps
+    d.train_modules(teacher, bank, batches, steps, lr=1e-2, rate_start=0.3, rate_rise=math.inf)
+    took = torch.tensor(seen).flatten(1)  # (steps, 3 of the encoder and 3 of the decoder)
+    sigma = math.sqrt(0.3 * 0.7 / steps)
+    assert ((took.mean(0) - 0.3).abs() < 5 * sigma).all(), f"each position has rate 0.3, not {took.mean(0)}"
+    z = (took - 0.3) / math.sqrt(0.3 * 0.7)
+    correlation = (z.T @ z / steps).fill_diagonal_(0.0).abs().max().item()
+    assert correlation < 5 / math.sqrt(steps), "positions of both stacks are drawn one by one"
+    lagged = (z[1:].T @ z[:-1] / steps).abs().max().item()
+    assert lagged < 5 / math.sqrt(steps), "every step draws anew"
+    first = list(seen)
+    seen.clear()
+    d.train_modules(teacher, bank, batches, 100, lr=1e-2, seed=1, rate_start=0.3, rate_rise=math.inf)
+    assert seen != first[:100] and seen[:50] != first[1:51], "another seed samples other paths, not the same a step on"
+    seen.clear()
+    d.train_modules(teacher, bank, batches, steps, lr=1e-2, rate_start=0.2, rate_rise=0.5)
+    took = torch.tensor(seen).flatten(1).mean(1)
+    assert (took[steps // 2:] == 1.0).all(), "after half of the steps the rate is 1"
+    rates = torch.tensor([0.2 + 0.8 * step / (steps / 2) for step in range(steps // 2)])
+    for part in range(4):
+        window = slice(part * 100, part * 100 + 100)
+        expected = rates[window].mean().item()
+        sigma = math.sqrt((rates[window] * (1 - rates[window])).mean().item() / (6 * 100))
+        assert abs(took[window].mean().item() - expected) < 5 * sigma, "the rate must rise evenly from 0.2 to 1"
+
+
+# ----------------------------------------------------------------------------- both trainings: repeatable, resumable
+
+
+def train(kind, seed=0, batches=None, steps=10, fresh=None, **loop):
+    """One short training of `kind` -> (its final weights, the logged records)."""
+    teacher, records = tiny(4, 4, dropout_rate=0.1), []
+    log = loop.pop("log", records.append)
+    if kind == "modules":
+        trained = make_bank(teacher, seed=fresh or 1)
+        function = lambda **options: d.train_modules(teacher, trained, **options)  # noqa: E731
+    else:
+        trained = tiny(2, 2, seed=fresh or 5, dropout_rate=0.1)
+        taught = dict(teacher=teacher, weights=d.WEIGHTS) if kind == "kd" else {}
+        function = lambda **options: d.train_student(trained, **taught, **options)  # noqa: E731
+    function(batches=batches or toy_batches(steps), steps=steps, seed=seed, lr=1e-2, name=kind, log=log,
+             **loop)
+    return copy_of(trained), records
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return {kind: train(kind) for kind in ("modules", "kd", "sft")}
+
+
+KINDS = pytest.mark.parametrize("kind", ("modules", "kd", "sft"))
+
+
+@KINDS
+def test_same_seed_same_weights(kind, uninterrupted):
+    expected = uninterrupted[kind][0]
+    torch.randn(7)  # the state of the global generator must not matter
+    assert same(train(kind)[0], expected), "the same seed must give the same weights, bit for bit"
+    assert not same(train(kind, seed=1)[0], expected), "another seed draws other paths and other dropout"
+
+
+class Stop(Exception):
+    pass
+
+
+@KINDS
+def test_resumed_is_uninterrupted(kind, uninterrupted, tmp_path):
+    path, steps = tmp_path / "checkpoint.pt", []
+
+    def log(record):
+        steps.append(record["step"])
+        if record["step"] == 7:
+            raise Stop
+    with pytest.raises(Stop):
+        train(kind, log=log, checkpoint=path, save_every=0)
+    assert steps == [1, 2, 3, 4, 5, 6, 7], "the first run was cut off in its 7th step"
+    weights, records = train(kind, fresh=77, checkpoint=path, save_every=0)  # other weights: the checkpoint's must come
+    expected, all_records = uninterrupted[kind]
+    assert [record["step"] for record in records] == [7, 8, 9, 10], "it goes on after the last checkpoint"
+    timeless = [{k: v for k, v in record.items() if k != "tokens_per_s"} for record in (*records, *all_records[6:])]
+    assert timeless[:4] == timeless[4:], "the resumed steps must be those of the uninterrupted run"
+    assert same(weights, expected), "interrupted and resumed must be uninterrupted, bit for bit"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"], "no half-written file stays"
+
+
+def test_checkpoint_of_another_stage_is_ignored(uninterrupted, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    train("kd", seed=5, checkpoint=path, save_every=0)
+    assert torch.load(path, weights_only=True)["stage"] == "kd", "the checkpoint says whose it is"
+    weights, records = train("sft", checkpoint=path, save_every=1e9)
+    assert records[0]["step"] == 1 and same(weights, uninterrupted["sft"][0]), \
+        "a checkpoint that another stage left must change nothing"
+
+
+def test_checkpoints_are_written_by_time_and_not_at_the_end(tmp_path):
+    train("sft", steps=3, checkpoint=tmp_path / "checkpoint.pt", save_every=1e9)
+    assert not (tmp_path / "checkpoint.pt").exists(), "none is due within a second"
+    train("sft", steps=3, checkpoint=tmp_path / "checkpoint.pt", save_every=0)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 2, "after the last step there is nothing to go on with"
+
+
+def test_failed_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train("sft", steps=3, checkpoint=path, save_every=0)
+    before = path.read_bytes()
+
+    def full(state, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(d.torch, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        train("sft", steps=5, checkpoint=path, save_every=0)
+    assert path.read_bytes() == before, "the old checkpoint stays until the new one is complete"
+
+
+# ----------------------------------------------------------------------------- students
+
+
+def count_encodes(monkeypatch):
+    """{model's id: how often its `encode` ran}."""
+    counts, encode = {}, m.T5.encode
+
+    def spy(self, *args, **kwargs):
+        counts[id(self)] = counts.get(id(self), 0) + 1
+        return encode(self, *args, **kwargs)
+    monkeypatch.setattr(m.T5, "encode", spy)
+    return counts
+
+
+def test_without_a_teacher_none_runs(monkeypatch):
+    counts, student, records = count_encodes(monkeypatch), tiny(1, 1), []
+    d.train_student(student, toy_batches(3), 3, lr=1e-2, log=records.append)
+    assert counts == {id(student): 3}, "shrink-and-fine-tune runs the student once a step, and no other model"
+    assert records[0]["loss"] == records[0]["ce"] and "logits" not in records[0], "its loss is cross-entropy alone"
+    counts.clear()
+    teacher = tiny()
+    d.train_modules(teacher, make_bank(teacher), toy_batches(3), 3, lr=1e-2, weights=d.CE_ONLY)
+    assert counts == {id(teacher): 3}, "Theseus runs its path once a step, and not the teacher beside it"
+    counts.clear()
+    d.train_student(student, toy_batches(3), 3, teacher=teacher, weights=d.WEIGHTS, lr=1e-2)
+    assert counts == {id(student): 3, id(teacher): 3}, "with a teacher each runs once"
+
+
+def test_kd_moves_the_student_alone():
+    teacher, student = tiny(dropout_rate=0.1).train(), tiny(2, 3, seed=5).requires_grad_(False)
+    before, start = copy_of(teacher), copy_of(student)
+    d.train_student(student, toy_batches(2), 2, teacher=teacher, weights=d.WEIGHTS, lr=1e-2)
+    assert same(copy_of(teacher), before), "distillation must leave the teacher as it was, bit for bit"
+    assert not teacher.training, "the teacher answers without dropout"
+    assert not any(torch.equal(tensor, start[name]) for name, tensor in student.state_dict().items()), \
+        "all of a static student trains, whatever was frozen before"
+    assert not student.training, "a trained student comes back ready to use"
+
+
+def test_students_train_with_dropout():
+    student, seeds = tiny(1, 1, dropout_rate=0.3), {}
+    for seed in (0, 1):
+        records = []
+        d.train_student(student, [(SOURCE, TARGET)], 1, lr=0.0, seed=seed, log=records.append)
+        seeds[seed] = records[0]["ce"]
+    assert seeds[0] != seeds[1], "a student trains with dropout: another seed, another loss"
+
+
+def test_training_lowers_the_loss():
+    teacher, few = tiny(2, 2), toy_batches(2)
+    student = tiny(1, 1, seed=5)
+    bank = make_bank(teacher, {"encoder": [2], "decoder": [2]})
+    first_last = {}
+    for name, run in {
+            "SFT": lambda log: d.train_student(student, few * 20, 40, lr=2e-2, log=log),
+            "KD": lambda log: d.train_student(tiny(1, 1, seed=5), few * 20, 40, teacher=teacher, weights=d.WEIGHTS,
+                                              lr=2e-2, log=log),
+            "modules": lambda log: d.train_modules(teacher, bank, few * 20, 40, lr=2e-2, rate_start=1.0,
+                                                   weights={"logits": 1.0, "hidden": 2.0}, log=log)}.items():
+        records = []
+        run(records.append)
+        first_last[name] = records[0], records[-1]
+    for name, terms in (("SFT", ["ce"]), ("KD", ["loss", "logits", "hidden"]), ("modules", ["logits", "hidden"])):
+        first, last = first_last[name]
+        for term in terms:
+            assert last[term] < 0.8 * first[term], \
+                f"{name}: 40 steps on two batches must lower {term} ({first[term]:.3f} -> {last[term]:.3f})"
+
+
+@pytest.mark.parametrize("n, k, spans", (
+    (12, 2, [(0, 6), (6, 12)]), (6, 4, [(0, 2), (2, 3), (3, 4), (4, 6)]), (5, 5, [(i, i + 1) for i in range(5)]),
+    (4, 1, [(0, 4)])))
+def test_spread_by_hand(n, k, spans):
+    assert d.spread(n, k) == spans, f"{k} spans tile {n} layers as evenly as can be: {spans}"
+
+
+def test_spread_tiles():
+    for n in range(1, 26):
+        for k in range(1, n + 1):
+            spans = d.spread(n, k)
+            layers = [layer for start, stop in spans for layer in range(start, stop)]
+            lengths = {stop - start for start, stop in spans}
+            assert layers == list(range(n)) and len(spans) == k, f"{k} spans must tile {n} layers: {spans}"
+            assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1, f"and be of like length: {spans}"
+
+
+KEPT = {(6, 1): [0], (6, 2): [0, 5], (6, 6): [0, 1, 2, 3, 4, 5], (12, 4): [0, 4, 7, 11], (12, 2): [0, 11],
+        (4, 2): [0, 3]}
+
+
+@pytest.mark.parametrize("n, k", KEPT)
+@pytest.mark.parametrize("tied", (True, False))
+def test_shrink_copies_spaced_layers(n, k, tied):
+    teacher = tiny(n, 4, tie_word_embeddings=tied)
+    student = d.shrink(teacher, k, 2)
+    assert (student.config.num_layers, student.config.num_decoder_layers) == (k, 2), "the config must tell the depth"
+    assert (teacher.config.num_layers, teacher.config.num_decoder_layers) == (n, 4), "and the teacher's stay"
+    for stack, kept in (("encoder", KEPT[n, k]), ("decoder", [0, 3])):
+        own, theirs = getattr(student, stack), getattr(teacher, stack)
+        assert len(own.layers) == len(kept)
+        for layer, i in zip(own.layers, kept):
+            assert same(layer.state_dict(), theirs.layers[i].state_dict()), f"{k} of {n}: layers {kept} are kept"
+        assert same(own.positions.state_dict(), theirs.positions.state_dict()), "the position table stays"
+        assert same(own.norm.state_dict(), theirs.norm.state_dict()), "the final norm stays"
+    assert torch.equal(student.embedding.weight, teacher.embedding.weight)
+    assert torch.equal(student.head.weight, teacher.head.weight)
+    assert (student.head is student.embedding) is tied, "the head is tied as the teacher's is"
+    before = copy_of(teacher)
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.zero_()
+    assert same(copy_of(teacher), before), "a student has weights of its own"
+
+
+def test_shrink_keeps_first_and_last():
+    teacher = tiny(12, 12)
+    for i, layer in enumerate(teacher.encoder.layers):
+        layer.self_norm.weight.data.fill_(i)
+    for k in range(2, 13):
+        kept = [int(layer.self_norm.weight[0]) for layer in d.shrink(teacher, k, 1).encoder.layers]
+        steps = {b - a for a, b in zip(kept, kept[1:])}
+        assert kept[0] == 0 and kept[-1] == 11 and max(steps) - min(steps) <= 1, \
+            f"{k} of 12 layers: evenly spaced from the first to the last, not {kept}"
+
+
+@torch.no_grad()
+def test_shrink_to_full_depth_is_the_teacher():
+    teacher = tiny(dropout_rate=0.5)
+    assert torch.equal(d.shrink(teacher, 4, 6)(SOURCE, TARGET), teacher(SOURCE, TARGET)), \
+        "all layers copied: the same logits at once, without dropout"
+    trained = d.shrink(teacher.train(), 2, 2)
+    assert torch.equal(trained(SOURCE, TARGET), trained(SOURCE, TARGET)), "also of a teacher in training mode"
+
+
+@pytest.mark.parametrize("shape", ((0, 2), (2, 0), (-1, 2), (5, 2), (4, 7)))
+def test_shrink_refuses_impossible_depths(shape):
+    stack, k = ("encoder", shape[0]) if not 1 <= shape[0] <= 4 else ("decoder", shape[1])
+    with pytest.raises(ValueError) as caught:
+        d.shrink(tiny(), *shape)
+    for word in (stack, str(k), "4" if stack == "encoder" else "6"):
+        assert word in str(caught.value), f"name the stack, the wish and the teacher's depth: {caught.value}"
+
+
+# ----------------------------------------------------------------------------- the loop
+
+
+def test_learning_rate_by_hand():
+    rates = [d.learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]), "5 of 100 steps rise to the peak"
+    assert rates[5:] == pytest.approx([2.0 * (100 - step) / 95 for step in range(5, 100)]), "then linear towards 0"
+    assert min(rates) > 0, "no step is wasted on a rate of 0"
+    assert d.learning_rate(0, 1, 2.0) == 2.0, "a single step has the peak"
+    assert max(d.learning_rate(step, 7, 2.0) for step in range(7)) == 2.0, "never above the peak"
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+def test_a_loss_that_is_not_finite_raises_at_once(bad):
+    model, taken = tiny(1, 1), []
+
+    def step_loss(step, source, target):
+        taken.append(step)
+        ce = d.losses(model, source, target, d.CE_ONLY)["ce"]
+        return {"ce": ce, "hidden": ce * bad if step == 2 else ce}, {}
+    with pytest.raises(FloatingPointError) as caught:
+        d.fit(model, step_loss, toy_batches(5), 5, seed=0, weights={"ce": 1.0, "hidden": 0.5}, lr=1e-3, name="bank")
+    assert taken == [0, 1, 2], "stop at the step, not later"
+    for word in ("bank", "step 2", "ce ", f"hidden {bad:.4g}"):
+        assert word in str(caught.value), f"the message must name stage, step and terms: {caught.value}"
+    assert all(weight.isfinite().all() for weight in model.parameters()), "the bad step must not move the weights"
+
+
+def test_log_of_every_percent():
+    records = []
+    d.fit(tiny(1, 1), lambda step, source, target: ({"ce": torch.tensor(3.0), "hidden": torch.tensor(0.25)},
+                                                    {"rate": 0.5}),
+          toy_batches(1) * 250, 250, seed=0, weights={"ce": 1.0, "hidden": 2.0}, lr=1e-3, name="stage",
+          log=records.append)
+    assert [record["step"] for record in records] == [1, *range(2, 251, 2)], "the first step, then every 1 %"
+    for name, value in {"stage": "stage", "steps": 250, "loss": 3.5, "ce": 3.0, "hidden": 0.25, "ce_weighted": 3.0,
+                        "hidden_weighted": 0.5, "rate": 0.5}.items():
+        assert records[0][name] == value, f"{name} must be logged as {value}: terms raw and weighted"
+    assert {"grad_norm", "lr", "tokens_per_s"} <= records[0].keys()
+
+
+def test_loss_is_the_weighted_sum():
+    teacher, records, weights = tiny(), [], {"ce": 1.0, "logits": 0.5, "hidden": 2.0, "attention": 0.25}
+    d.train_modules(teacher, make_bank(teacher), toy_batches(1), 1, lr=1e-3, weights=weights, rate_start=1.0,
+                    log=records.append)
+    record = records[0]
+    assert record["loss"] == pytest.approx(sum(weights[name] * record[name] for name in TERMS), rel=1e-5), \
+        "the loss is the sum of weight times term"
+    assert record["hidden_weighted"] == pytest.approx(2 * record["hidden"]), "weighted terms are logged beside the raw"
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.bfloat16, 0.1), (torch.float16, 0.02)))
+def test_sixteen_bit_costs_digits_only(dtype, bound):
+    first = {}
+    for kind in (torch.float32, dtype):
+        teacher, records = tiny(2, 2), []
+        bank = make_bank(teacher)
+        before = copy_of(bank)
+        d.train_modules(teacher, bank, toy_batches(3), 3, lr=1e-2, rate_start=1.0, dtype=kind, log=records.append)
+        first[kind] = records[0]
+        assert all(weight.dtype is torch.float32 for weight in bank.parameters()), "weights stay in float32"
+        assert not same(copy_of(bank), before), f"{kind}: training must move the bank"
+    error = abs(first[dtype]["loss"] / first[torch.float32]["loss"] - 1)
+    assert 0 < error < bound, f"{dtype} must be used, and change the loss in its last digits only ({error:.4f})"
+
+
+def test_pick_dtype(monkeypatch):
+    assert [d.pick_dtype(name, "cpu") for name in ("float32", "bfloat16", "float16")] == \
+        [torch.float32, torch.bfloat16, torch.float16], "a dtype that is named is taken"
+    assert d.pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16), "a CPU has no fast float16"
+    assert d.pick_dtype("auto", "mps") is torch.float32, "elsewhere auto takes no risk"
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported
+                            or including_emulation)
+        assert d.pick_dtype("auto", "cuda:0") is dtype, "bfloat16 on a GPU that has it, not one that emulates it"

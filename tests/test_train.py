@@ -1,0 +1,234 @@
+"""The recipe, run small from end to end, and everything a user can get wrong on its command line.
+
+    pytest tests/test_train.py
+"""
+import json
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import distill
+import train
+from assemble import main as assemble_main
+from data import read_pairs, toy_corpus
+from model import load_t5, read_safetensors, write_safetensors
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--steps", "4",
+         "--batch-tokens", "512", "--max-length", "12", "--device", "cpu", "--dtype", "float32"]
+BASELINES = "sft:3+3,kd:3+2,pseudo:1+1,theseus:2+3"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices: a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A training, a validation and a test file of toy pairs, as .tsv, .jsonl and two parallel files."""
+    folder = tmp_path_factory.mktemp("data")
+    pairs = toy_corpus(120, seed=1)
+    (folder / "train.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in pairs[:100]), encoding="utf-8")
+    (folder / "valid.jsonl").write_text("".join(json.dumps({"source": s, "target": t}) + "\n"
+                                                for s, t in pairs[100:110]), encoding="utf-8")
+    (folder / "test.src").write_text("".join(s + "\n" for s, _ in pairs[110:]), encoding="utf-8")
+    (folder / "test.tgt").write_text("".join(t + "\n" for _, t in pairs[110:]), encoding="utf-8")
+    return folder
+
+
+def data_args(files):
+    return ["--train", str(files / "train.tsv"), "--valid", str(files / "valid.jsonl"),
+            "--test", str(files / "test.src"), str(files / "test.tgt")]
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """The folder of one small run with every kind of baseline, and what it printed."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    status = train.main([*data_args(files), *SMALL, "--out", str(out), "--metric", "exact",
+                         "--baselines", BASELINES])
+    assert status == 0, "a run on good files ends with exit status 0"
+    return out
+
+
+def test_run_folder_is_complete(finished):
+    for name in ("args.json", "log.jsonl", "spiece.model", "teacher/model.safetensors", "bank.safetensors",
+                 "results.json", "frontier.svg", "baselines/kd-3+2/config.json"):
+        assert (finished / name).exists(), f"a finished run holds {name}"
+    assert not (finished / "checkpoint.pt").exists(), "a finished run needs no checkpoint any more"
+    assert not list(finished.rglob("*.part")), "nothing half-written stays"
+
+
+def test_table_has_the_teacher_eight_assemblies_and_the_baselines(finished):
+    rows = json.loads((finished / "results.json").read_text(encoding="utf-8"))["rows"]
+    assemblies = {name: row for name, row in rows.items() if name.startswith("assembly")}
+    assert rows["teacher"]["ratio"] == 1 and rows["teacher"]["share"] in (0, 100), "the teacher is 100 % of itself"
+    assert len(assemblies) >= 8, "the table shows at least eight assemblies"
+    ratios = [row["ratio"] for row in assemblies.values()]
+    assert min(ratios) < 1.1 and max(ratios) == 6, "assemblies range from 1.1x to 6x"
+    shapes = {(row["encoder"], row["decoder"]) for row in assemblies.values()}
+    assert (6, 1) in shapes and (1, 6) in shapes, "encoder-only and decoder-only compression are in the table"
+    assert {"sft 3+3", "kd 3+2", "pseudo 1+1", "theseus 2+3"} < set(rows), "every baseline asked for has a row"
+    for name, row in rows.items():
+        folder = "teacher" if name == "teacher" else f"baselines/{name.replace(' ', '-')}"
+        if (finished / folder).exists():
+            model = load_t5(finished / folder)
+            assert (len(model.encoder.layers), len(model.decoder.layers)) == (row["encoder"], row["decoder"])
+
+
+def test_printed_table_matches_the_results(finished):
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    lines = train.table(results["rows"], "exact").splitlines()
+    assert len(lines) == 2 + len(results["rows"]), "a header, a rule, and one line a model"
+    assert all(line.count("|") == lines[0].count("|") for line in lines), "every line has the header's columns"
+    assert "6.00x" in next(line for line in lines if "assembly 1+1" in line), "6+6 layers to 1+1 is 6x"
+
+
+def test_log_teaches_rate_and_terms(finished):
+    records = [json.loads(line) for line in (finished / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    bank = [record for record in records if record["stage"] == "bank"]
+    assert len(bank) == 4 and {record["stage"] for record in records} >= {"teacher", "bank", "kd 3+2", "theseus 2+3"}
+    for record in bank:
+        assert {"rate", "rate_encoder", "rate_decoder", "tokens_per_s", "grad_norm"} < set(record)
+        total = sum(record[f"{term}_weighted"] for term in distill.WEIGHTS if term in record)
+        assert record["loss"] == pytest.approx(total, rel=1e-5), "the loss is the sum of the weighted terms"
+    assert bank[-1]["rate"] == 1, "the replacement rate has risen to 1 at the end"
+
+
+def test_frontier_is_valid_svg_for_white_and_dark_pages(finished):
+    text = (finished / "frontier.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    rows = json.loads((finished / "results.json").read_text(encoding="utf-8"))["rows"]
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert len(circles) == len(rows), "one point a model"
+    _, _, width, height = map(float, root.get("viewBox").split())
+    assert all(0 < float(c.get("cx")) < width and 0 < float(c.get("cy")) < height for c in circles)
+    assert not any(colour in text for colour in ("#000", "#fff", "black", "white")), "mid-tones read on any page"
+
+
+def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys):
+    status = assemble_main([str(finished), "--ratio", "2", "--out", str(tmp_path / "half"), "--device", "cpu"])
+    assert status == 0 and "2.00x" in capsys.readouterr().out
+    model = load_t5(tmp_path / "half")
+    assert len(model.encoder.layers) + len(model.decoder.layers) == 6
+
+
+def test_second_run_does_not_overwrite_the_first(finished, files, capsys):
+    before = (finished / "results.json").read_bytes()
+    assert train.main([*data_args(files), *SMALL, "--out", str(finished)]) == 2
+    assert "--resume" in capsys.readouterr().err, "the line says how to go on"
+    assert (finished / "results.json").read_bytes() == before
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+def test_resume_ends_bitwise_where_an_uninterrupted_run_does(finished, files, tmp_path, monkeypatch):
+    """One run, killed in the teacher's training, in the bank's and in a baseline's, and taken up again each time."""
+    out, fit = tmp_path / "run", distill.fit
+    kills = [("teacher", 3), ("bank", 2), ("kd 3+2", 3)]
+
+    def killing_fit(*args, log=None, **kwargs):
+        def killing_log(record):
+            log(record)
+            if kills and (record["stage"], record["step"]) == kills[0]:
+                raise Killed(kills.pop(0))
+        fit(*args, log=killing_log, **{**kwargs, "save_every": 0})
+
+    monkeypatch.setattr(distill, "fit", killing_fit)
+    arguments = [*data_args(files), *SMALL, "--out", str(out), "--metric", "exact", "--baselines", BASELINES]
+    while kills:
+        with pytest.raises(Killed):
+            train.main(arguments)
+        assert (out / "checkpoint.pt").exists(), "the kill left a checkpoint"
+        arguments = ["--resume", "--out", str(out)]
+    assert train.main(arguments) == 0
+    for name in ("teacher/model.safetensors", "bank.safetensors", "baselines/kd-3+2/model.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), f"{name}: resumed = uninterrupted, bitwise"
+    scores = [{name: row["exact"] for name, row in json.loads((folder / "results.json").read_text())["rows"].items()}
+              for folder in (out, finished)]
+    assert scores[0] == scores[1]
+
+
+def test_teacher_folder_is_taken_with_its_tokenizer(finished, files, tmp_path):
+    out = tmp_path / "run"
+    arguments = [*data_args(files), *SMALL, "--teacher", str(finished / "teacher"), "--out", str(out)]
+    assert train.main([*arguments, "--teacher-steps", "0", "--granularities", "3"]) == 0
+    assert (out / "teacher/model.safetensors").read_bytes() == (finished / "teacher/model.safetensors").read_bytes(), \
+        "with 0 teacher steps the teacher is taken as it is"
+    assert (out / "spiece.model").read_bytes() == (finished / "spiece.model").read_bytes()
+
+
+def bad(name, edit=None, *extra, says=()):
+    return pytest.param(edit, extra, says, id=name)
+
+
+@pytest.mark.parametrize("edit, extra, says", [
+    bad("missing file", lambda d: (d / "train.tsv").unlink(), says=["train.tsv"]),
+    bad("empty file", lambda d: (d / "train.tsv").write_text(""), says=["train.tsv"]),
+    bad("three columns", lambda d: (d / "train.tsv").write_text("a\tb\na\tb\tc\n"), says=["train.tsv", "2"]),
+    bad("unequal lengths", lambda d: (d / "test.src").write_text("one\n"), says=["test.src", "test.tgt"]),
+    bad("invalid UTF-8", lambda d: (d / "test.tgt").write_bytes(b"a\n\xff\n" + b"a\n" * 8), says=["test.tgt", "2"]),
+    bad("not JSON", lambda d: (d / "valid.jsonl").write_text('{"source": "a", "target": "b"}\n{\n'),
+        says=["valid.jsonl", "2"]),
+    bad("no such teacher", None, "--teacher", "./nowhere", says=["./nowhere"]),
+    bad("teacher without a tensor", lambda d: None, "--teacher", "{incomplete}",
+        says=["decoder.final_layer_norm.weight"]),
+    bad("granularity that does not tile", None, "--granularities", "4", says=["4", "6 layers", "2, 3, 6"]),
+    bad("unknown baseline", None, "--baselines", "magic:1+1", says=["magic"]),
+    bad("malformed baseline", None, "--baselines", "kd:6", says=["kd:6"]),
+    bad("baseline deeper than the teacher", None, "--baselines", "kd:9+1", says=["9", "encoder"]),
+    bad("Theseus with unequal spans", None, "--baselines", "theseus:4+3", says=["theseus:4+3"]),
+    bad("width that no head divides", None, "--d-model", "33", says=["--d-model 33"]),
+    bad("only --train", None, "--valid", says=["--valid"]),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, edit, extra, says):
+    folder = tmp_path / "data"
+    shutil.copytree(files, folder)
+    if edit:
+        edit(folder)
+    broken = tmp_path / "incomplete"
+    shutil.copytree(FIXTURES / "t5_tied", broken)
+    weights = read_safetensors(broken / "model.safetensors")
+    del weights["decoder.final_layer_norm.weight"]
+    write_safetensors(weights, broken / "model.safetensors")
+    arguments = [*data_args(folder), *SMALL, "--out", str(tmp_path / "run"),
+                 *(str(broken) if e == "{incomplete}" else e for e in extra)]
+    if extra == ("--valid",):
+        arguments = ["--train", str(folder / "train.tsv"), "--out", str(tmp_path / "run")]
+    status, err = train.main(arguments), capsys.readouterr().err
+    assert status == 2, "what the user got wrong ends with exit status 2"
+    assert err.count("\n") == 1 and "Traceback" not in err, f"one line on stderr, not: {err}"
+    assert all(word in err for word in says), f"the line names {says}: {err}"
+    assert not (tmp_path / "run").exists(), "nothing is left half-written"
+
+
+def test_resume_without_a_run_is_one_line(tmp_path, capsys):
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_multi30k_trap_is_named(tmp_path):
+    """`paste train.en train.de` makes one row of three columns, as one line of train.de holds a TAB."""
+    data = Path(__file__).parent.parent.parent / "shared" / "multi30k"
+    if not data.exists():
+        pytest.skip("Multi30k is not beside the project")
+    english, german = (open(data / f"train.{x}", encoding="utf-8").read().split("\n")[:-1] for x in ("en", "de"))
+    pasted = tmp_path / "pasted.tsv"
+    pasted.write_text("".join(f"{e}\t{g}\n" for e, g in zip(english, german)), encoding="utf-8")
+    wrong = 1 + next(i for i, line in enumerate(german) if "\t" in line)
+    with pytest.raises(ValueError, match=f"pasted.tsv.*{wrong}"):
+        read_pairs(pasted)
+    assert len(read_pairs(data / "train.en", data / "train.de")) == 29000
