@@ -97,29 +97,31 @@ def train_tokenizer(texts, path, vocab_size):
 
 
 # ---------------------------------------------------------------- the toy task
-# Commands and their actions, after SCAN (Lake & Baroni 2018, https://arxiv.org/abs/1711.00350). Every word
-# is translated, repeated and reordered: an answer takes several steps, which is what depth is for.
-VERBS = {"walk": "tavo", "run": "rimu", "jump": "jop", "push": "pelka", "lift": "lun", "carry": "karo",
-         "throw": "drena", "paint": "fisto"}
-OBJECTS = {"": "", "ball": "bola", "stone": "sten", "lamp": "lumi", "chair": "sedo", "box": "kista"}
-DIRECTIONS = {"": "", "left": "vey", "right": "doy", "up": "sur", "down": "nid"}
-COUNTS = {"": 1, "twice": 2, "thrice": 3}
+# Translation into an invented language. The source names somebody, an act, a thing and a place in any order; the target
+# puts them in this order, and a particle behind each word agrees with the word's class *and with the next particle*.
+# So the first particle written depends on all words, through a chain of steps from the last word to the first: the
+# decoder, which writes from first to last, can not walk along it, a stack needs depth to. Word: (translation, class).
+TOY_WORDS = {
+    "who": {"anna": ("mira", 0), "bob": ("tavo", 1), "the cat": ("sefi", 2), "a child": ("lunda", 0),
+            "the king": ("orbo", 1), "my aunt": ("peka", 2), "a sailor": ("dremi", 0), "the fox": ("vulo", 1)},
+    "act": {"sees": ("vidan", 1), "takes": ("rimu", 2), "paints": ("fisto", 0), "hides": ("kelba", 1),
+            "sells": ("jopar", 2), "wants": ("nulo", 0), "cleans": ("savik", 1), "breaks": ("trog", 2)},
+    "thing": {"a ball": ("bola", 2), "the lamp": ("lumi", 0), "a box": ("kista", 1), "the stone": ("sten", 2),
+              "an apple": ("omena", 0), "a knife": ("veits", 1), "the drum": ("tamba", 2), "a coat": ("palto", 0)},
+    "place": {"at home": ("domar", 0), "in town": ("urbe", 1), "outside": ("foril", 2), "by the sea": ("merin", 0),
+              "upstairs": ("supra", 1), "in a cave": ("grota", 2), "nearby": ("laka", 0), "far away": ("distu", 1)}}
+PARTICLES = ("na", "ko", "shi")
+AGREEMENT = ((1, 0, 2), (2, 1, 0), (0, 2, 1))  # [class of the word][number of the next particle] -> this one's number
 
 
 def toy_pair(rng):
-    """
-    One to three clauses "verb [object] [direction] [twice|thrice]" -> their actions. "and" keeps the order,
-    "after" puts what follows it first, "backwards" in front reverses the whole sequence of repetitions.
-    """
-    source, units = "", []  # a unit is one repetition of a clause, e.g. "vey jop"
-    for joint in ["", *rng.choices(["and", "after"], k=rng.choice([0, 1, 1, 2, 2]))]:
-        verb, thing, direction, count = (rng.choice([*t]) for t in (VERBS, OBJECTS, DIRECTIONS, COUNTS))
-        more = [f"{DIRECTIONS[direction]} {VERBS[verb]} {OBJECTS[thing]}"] * COUNTS[count]
-        source = f"{source} {joint} {verb} {thing} {direction} {count}"
-        units = more + units if joint == "after" else units + more
-    if rng.random() < 0.3:
-        source, units = f"backwards {source}", units[::-1]
-    return " ".join(source.split()), " ".join(" ".join(units).split())
+    """One sentence and its translation, drawn with random.Random `rng`."""
+    words = [rng.choice([*lexicon.items()]) for lexicon in TOY_WORDS.values()]
+    target, particle = [], 0  # behind the last word: as if particle 0 followed
+    for _, (translation, word_class) in reversed(words):
+        particle = AGREEMENT[word_class][particle]
+        target = [translation, PARTICLES[particle], *target]
+    return " ".join(word for word, _ in rng.sample(words, len(words))), " ".join(target)
 
 
 def toy_corpus(n, seed):

@@ -66,7 +66,7 @@ def test_round_trip(toy_tokenizer, text):
 
 
 def test_trained_tokenizer_has_t5_ids(toy_tokenizer):
-    ids = toy_tokenizer.encode("jump § left")
+    ids = toy_tokenizer.encode("paints § nearby")
     assert ids[-1] == toy_tokenizer.eos_id == 1, "eos is 1 and ends every text"
     assert toy_tokenizer.unk_id == 2 and 2 in ids, "an unknown letter is unk, 2"
     assert toy_tokenizer.pad_id == 0 and 0 not in ids, "pad is 0 and never in a text"
@@ -153,20 +153,26 @@ def test_toy_sizes_and_splits():
 
 
 def test_toy_means_what_it_says():
-    def act(clause):  # "jump ball left twice" -> ["vey jop bola", "vey jop bola"]
-        words = clause.split()
-        tables = data.DIRECTIONS, data.VERBS, data.OBJECTS
-        unit = " ".join(table[word] for table in tables for word in words if word in table)
-        return [unit] * (2 if "twice" in words else 3 if "thrice" in words else 1)
-
+    """Read a target back by itself: words in the order who, act, thing, place, particles that agree."""
+    lexicons = list(data.TOY_WORDS.values())
     for source, target in data.toy_corpus(300, seed=4):
-        command = source.removeprefix("backwards ")
-        first, *rest = re.split(" (and|after) ", command)
-        units = act(first)
-        for joint, clause in zip(rest[::2], rest[1::2]):
-            units = {"and": units + act(clause), "after": act(clause) + units}[joint]
-        units = units if command == source else units[::-1]
-        assert target == " ".join(units), f"{source!r} asks for other actions"
+        words, particles = target.split()[::2], [data.PARTICLES.index(p) for p in target.split()[1::2]]
+        assert len(words) == len(particles) == 4, f"{target!r}: four words, a particle behind each"
+        for lexicon, word, particle, following in zip(lexicons, words, particles, [*particles[1:], 0]):
+            english, word_class = next((e, c) for e, (t, c) in lexicon.items() if t == word)
+            assert english in source, f"{source!r}: {word} translates {english}"
+            assert particle == data.AGREEMENT[word_class][following], f"{target!r}: {word}'s particle does not agree"
+
+
+def test_first_particle_depends_on_every_word():
+    """What makes depth matter: whichever word changes, the first particle may change with it."""
+    pairs = [(source, target.split()) for source, target in data.toy_corpus(4000, seed=5)]
+    for changed in range(4):
+        outcomes = {}
+        for _, target in pairs:
+            others = tuple(word for i, word in enumerate(target[::2]) if i != changed)
+            outcomes.setdefault(others, set()).add(target[1])
+        assert any(len(particles) > 1 for particles in outcomes.values()), f"word {changed} must matter"
 
 
 def test_toy_impossible_size(monkeypatch):
