@@ -6,7 +6,6 @@
     python assemble.py RUN --speedup 2.5                               # the largest model that runs 2.5x as fast
     pytest tests/test_assemble.py
 """
-import argparse
 import copy
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model import T5, Cache, T5Config, load_t5, save_t5, write_json
+from model import Cache, Parser, T5Config, command_line, load_t5, save_t5, write_json
 from modules import STACKS, check_path, load_bank, path_of
 
 STRATEGIES = ("size-first", "speed-first")
@@ -138,9 +137,10 @@ def export(model, tokenizer_file, folder):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def main(argv=None):
-    """The command line. Errors of the user's are one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(description="Assemble a smaller T5 from a run of train.py.")
+@command_line
+def main(argv):
+    """Choose, build, report and write one assembly."""
+    parser = Parser(description="Assemble a smaller T5 from a run of train.py.")
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--ratio", type=float, help="compression ratio: the teacher's layers / the assembly's")
     parser.add_argument("--strategy", choices=STRATEGIES, default="size-first", help="which layers go first")
@@ -149,18 +149,8 @@ def main(argv=None):
     parser.add_argument("--decoder", help="span lengths")
     parser.add_argument("--out", type=Path, help="write the model to this folder")
     parser.add_argument("--batch-size", type=int, default=1, help="sentences a batch when measuring speed")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_device()
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"assemble.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run(args):
-    """Choose, build, report and write one assembly as the command line asks."""
     if sum([args.ratio is not None, args.speedup is not None, bool(args.encoder or args.decoder)]) != 1:
         raise ValueError("give one of --ratio, --speedup, or --encoder with --decoder")
     if args.out and args.out.exists():

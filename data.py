@@ -111,7 +111,7 @@ TOY_WORDS = {
     "place": {"at home": ("domar", 0), "in town": ("urbe", 1), "outside": ("foril", 2), "by the sea": ("merin", 0),
               "upstairs": ("supra", 1), "in a cave": ("grota", 2), "nearby": ("laka", 0), "far away": ("distu", 1)}}
 PARTICLES = ("na", "ko", "shi")
-AGREEMENT = ((1, 0, 2), (2, 1, 0), (0, 2, 1))  # [class of the word][number of the next particle] -> this one's number
+AGREEMENT = ((0, 0, 0), (0, 1, 2), (1, 2, 0))  # [class of the word][number of the next particle] -> this one's number
 
 
 def toy_pair(rng):

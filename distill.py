@@ -113,10 +113,11 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
 
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.6, **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank. The teacher is frozen but lets
-    gradients through, and runs without dropout where its layers stand in a path. **loop goes to `fit`."""
+    gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
+    targets have no noise, and matching them with noise costs (README, "What did not work"). **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
-    bank.train()
     distilling = teacher if set(weights) != set(CE_ONLY) else None
+    bank.train(distilling is None)
 
     def step_loss(step, source, target):
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
@@ -127,12 +128,14 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
         return terms, {"rate": rate, **{f"rate_{s}": realised_rate(paths[s], bank.spans[s]) for s in STACKS}}
 
     fit(bank, step_loss, batches, steps, seed=seed, weights=weights, **loop)
+    bank.eval()
 
 
 def train_student(student, batches, steps, teacher=None, seed=0, weights=CE_ONLY, **loop):
-    """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the teacher's.
-    Without: shrink-and-fine-tune, pseudo-labels, or the teacher itself. **loop goes to `fit`."""
-    student.train().requires_grad_(True)
+    """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the teacher's,
+    without dropout, as in `train_modules`. Without: shrink-and-fine-tune, pseudo-labels, or the teacher itself.
+    **loop goes to `fit`."""
+    student.train(teacher is None).requires_grad_(True)
     paths = None
     if teacher is not None:
         teacher.eval().requires_grad_(False)
@@ -197,7 +200,7 @@ def learning_rate(step, steps, peak, warmup=0.05):
 
 
 def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.float32, name="", log=None,
-        checkpoint=None, save_every=60.0, quiet=False):
+        checkpoint=None, save_every=60.0):
     """Move the parameters of `trained` for `steps` steps of AdamW.
 
     step_loss(step, source, target) -> (terms, facts): unweighted loss terms by name, and numbers to log.

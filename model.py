@@ -10,6 +10,7 @@ Read it downwards: config, norm, positions, attention, layers, stack, T5, genera
     pytest tests/test_model.py
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -292,7 +293,8 @@ class T5(nn.Module):
         self.head = self.embedding  # tied: one tensor under two names
         if not config.tie_word_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.initialise()
+        if not self.embedding.weight.is_meta:  # on "meta" there are shapes alone, to be filled by a checkpoint
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self):
@@ -701,27 +703,59 @@ def fetch(base, path):
         raise (FileNotFoundError if error.code == 404 else OSError)(f"{url}: {error.code} {error.reason}") from None
 
 
-def main(argv=None):
-    """The command line: one output line per input. Errors of the user's are one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(description="Generate with a T5 folder.")
+# ---- the command line
+
+def command_line(run):
+    """Make `main(argv=None) -> exit status` of run(argv): what the user got wrong, a ValueError or OSError (or a loss
+    that left the finite numbers), is one line on stderr and status 2, an interrupt is 130, the rest is a bug."""
+    @functools.wraps(run)
+    def main(argv=None):
+        try:
+            run(argv)
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"{Path(run.__code__.co_filename).name}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+    return main
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but for its error: a ValueError instead of several lines and an exit."""
+    def error(self, message):
+        raise ValueError(message)
+
+    def add_device(self):
+        """Add --device, by default a GPU if there is one."""
+        self.add_argument("--device", type=self.device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+    @staticmethod
+    def device(name):
+        try:
+            return str(torch.empty(0, device=name).device)
+        except (RuntimeError, AssertionError) as error:
+            raise argparse.ArgumentTypeError(f"{name}: {str(error).partition(chr(10))[0]}") from None
+
+
+@command_line
+def main(argv):
+    """One output line per input."""
+    parser = Parser(description="Generate with a T5 folder.")
     parser.add_argument("model", help="a T5 folder, or a name such as t5-small to fetch")
     parser.add_argument("text", nargs="*", help="inputs; without any, lines from standard input")
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_device()
     args = parser.parse_args(argv)
     from data import Tokenizer  # here alone: the model itself knows no text
-    try:
-        folder = find_t5(args.model)
-        model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
-        for line in args.text or sys.stdin:
-            ids = torch.tensor([tokenizer.encode(line.rstrip("\n"))], device=args.device)
-            output = model.generate(ids, args.max_new_tokens, args.num_beams)
-            print(tokenizer.decode(output[0].tolist()), flush=True)
-    except (ValueError, OSError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    folder = find_t5(args.model)
+    model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
+    for line in args.text or sys.stdin:
+        ids = torch.tensor([tokenizer.encode(line.rstrip("\n"))], device=args.device)
+        output = model.generate(ids, args.max_new_tokens, args.num_beams)
+        print(tokenizer.decode(output[0].tolist()), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ STACKS = ("encoder", "decoder")
 
 
 def divisors(n):
-    """The granularities that tile n layers with equal spans, from 2 to 6, as far as the paper's 6x: 12 -> 2, 3, 4, 6."""
+    """The granularities from 2 to 6, the paper's 6x, that tile n layers with equal spans: 12 -> [2, 3, 4, 6]."""
     return [g for g in range(2, 7) if n % g == 0]
 
 

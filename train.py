@@ -22,22 +22,22 @@ from assemble import assemble, choose, depths, export, parameters, path_of_depth
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
 from distill import CE_ONLY, WEIGHTS, pick_dtype, shrink, train_modules, train_student
-from model import T5, T5Config, find_t5, load_t5, write_json
+from model import T5, Parser, T5Config, command_line, find_t5, load_t5, read_json, write_json
 from modules import STACKS, Bank, divisors, load_bank, module_spans, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
 BASELINES = ("sft", "kd", "pseudo", "theseus")
 
 # What differs between the toy run and a real one. An option on the command line beats both.
-TOY = dict(metric="exact", layers=6, d_model=64, vocab=200, batch_tokens=4096, teacher_steps=900, steps=700,
-           teacher_lr=3e-3, lr=3e-3, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
-REAL = dict(metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096, teacher_steps=2400, steps=1200,
-            teacher_lr=1.5e-3, lr=1e-3, max_length=128, baselines="")
+TOY = dict(metric="exact", layers=6, d_model=64, vocab=200, batch_tokens=2048, teacher_steps=500, steps=400,
+           teacher_lr=2e-3, lr=4e-3, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
+REAL = dict(metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096, teacher_steps=2820, steps=940,
+            teacher_lr=2e-3, lr=2e-3, max_length=128, baselines="")
 
 
 def parse_args(argv):
     """The command line -> argparse.Namespace, with the toy run's or a real run's settings where none were given."""
-    p = argparse.ArgumentParser(description="Train a bank of modules for a T5 and assemble smaller T5s from it.")
+    p = Parser(description="Train a bank of modules for a T5 and assemble smaller T5s from it.")
     p.add_argument("--train", nargs="+", metavar="FILE", help="one .tsv or .jsonl, or two parallel text files")
     p.add_argument("--valid", nargs="+", metavar="FILE")
     p.add_argument("--test", nargs="+", metavar="FILE")
@@ -46,13 +46,13 @@ def parse_args(argv):
     p.add_argument("--out", type=Path, default=Path("run"), help="the run folder")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_device()
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                    help="of matrix products in training; weights are float32")
     p.add_argument("--metric", choices=METRICS)
     p.add_argument("--num-beams", type=int, default=1, help="for scoring")
     p.add_argument("--layers", type=int, help="of each stack of a teacher from scratch")
-    p.add_argument("--d-model", type=int, help="width of a teacher from scratch: a multiple of 32")
+    p.add_argument("--d-model", type=int, help="width of a teacher from scratch, a multiple of 32")
     p.add_argument("--vocab", type=int, help="pieces of a tokenizer trained on the corpus")
     p.add_argument("--max-length", type=int, help="tokens; longer sequences are cut")
     p.add_argument("--batch-tokens", type=int, help="source and target tokens a batch, padding included")
@@ -66,7 +66,7 @@ def parse_args(argv):
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
     args = p.parse_args(argv)
     if args.resume:
-        settings = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
+        settings = read_json(args.out / "args.json")
         return argparse.Namespace(**{**settings, "out": args.out, "resume": True})
     given = [name for name in ("train", "valid", "test") if getattr(args, name)]
     if len(given) not in (0, 3):
@@ -77,7 +77,7 @@ def parse_args(argv):
     if args.teacher and not given:
         raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
     if args.d_model % 32:
-        raise ValueError(f"--d-model {args.d_model}: not a multiple of 32, the width of a head")
+        raise ValueError(f"--d-model {args.d_model}: not a multiple of 32")
     parse_baselines(args.baselines)
     return args
 
@@ -99,18 +99,10 @@ def parse_baselines(text):
 
 # ---- the recipe
 
-def main(argv=None):
-    """The command line. Errors of the user's are one line on stderr and exit status 2."""
-    try:
-        run(parse_args(argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run(args):
+@command_line
+def main(argv):
     """Everything: prepare the data, train what is not yet trained, score it, print the table."""
+    args = parse_args(argv)
     pairs = read_data(args)
     teacher, tokenizer = start_run(args, pairs)
     out, dtype = args.out, pick_dtype(args.dtype, args.device)
@@ -140,13 +132,12 @@ def run(args):
 
     bank_file = out / "bank.safetensors"
     if bank_file.exists():
-        bank = load_bank(bank_file, teacher).to(args.device)
+        bank = load_bank(bank_file, teacher).to(args.device).eval()
     else:
         bank = Bank(teacher, args.granularities and dict.fromkeys(STACKS, args.granularities), args.init)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, name="bank", **loop)
         save_bank(bank, bank_file)
-    bank.eval()
 
     score = Scorer(args, tokenizer, pairs["test"], teacher)
     score("teacher", teacher)
@@ -209,8 +200,9 @@ def start_run(args, pairs):
     write_json(settings, out / "args.json")
     if not teacher:
         torch.manual_seed(args.seed)
-        teacher = T5(T5Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, d_kv=32,
-                              num_heads=args.d_model // 32, d_ff=4 * args.d_model, num_layers=args.layers,
+        heads = max(4, args.d_model // 32)
+        teacher = T5(T5Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, d_kv=args.d_model // heads,
+                              num_heads=heads, d_ff=4 * args.d_model, num_layers=args.layers,
                               num_decoder_layers=args.layers, scale_decoder_outputs=False))
     return teacher, tokenizer
 
@@ -234,7 +226,7 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop):
         bank = Bank(teacher, sizes, args.init)
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, name=name, **loop)
         paths = {s: bank.spans[s] or [(i, i + 1) for i in range(n[s])] for s in STACKS}
-        return assemble(teacher, bank.eval(), paths)
+        return assemble(teacher, bank, paths)
     student = shrink(teacher, encoder, decoder)
     if kind == "pseudo":
         batches = relabel(teacher, batches, args)
@@ -244,7 +236,7 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop):
 
 
 def relabel(teacher, batches, args):
-    """The same sources with the teacher's own outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947)."""
+    """The same sources with the teacher's outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947)."""
     sources = [source for source, _ in batches.examples]
     targets = translate(teacher, sources, args, "pseudo-labels")
     return Batches(list(zip(sources, targets)), args.batch_tokens, teacher.config.pad_token_id, args.seed)
@@ -286,7 +278,7 @@ class Scorer:
         self.args, self.tokenizer, self.pairs, self.teacher = args, tokenizer, pairs, teacher
         self.file, self.rows = args.out / "results.json", {}
         if self.file.exists():
-            self.rows = json.loads(self.file.read_text(encoding="utf-8"))["rows"]
+            self.rows = read_json(self.file)["rows"]
         self.sources = [source for source, _ in encode_pairs(tokenizer, pairs, args.max_length)[0]]
 
     def __call__(self, name, model):
