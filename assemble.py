@@ -191,17 +191,15 @@ def choose_speedup(bank, teacher, wanted, strategy, source):
     """The assembly with the most layers, under a strategy, whose measured speed-up on `source` reaches `wanted`.
     Raises ValueError, naming the largest that was reached, when none does."""
     n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
-    total, reached = sum(n.values()), 0.0
-    smallest = sum(depths(n[stack], bank.spans[stack])[0] for stack in STACKS)
-    for k in range(total, smallest - 1, -1):
-        try:
-            paths = choose(bank, teacher, total / k, strategy)
-        except ValueError:
-            continue  # no pair of paths has k layers
+    pairs = [depths(n[stack], bank.spans[stack]) for stack in STACKS]
+    totals = sorted({e + d for e in pairs[0] for d in pairs[1]}, reverse=True)
+    reached = 0.0
+    for total in totals:
+        paths = choose(bank, teacher, sum(n.values()) / total, strategy)
         got = speedup(teacher, assemble(teacher, bank, paths), source)
-        reached = max(reached, got)
         if got >= wanted:
             return paths
+        reached = max(reached, got)
     raise ValueError(f"--speedup {wanted:g}: no {strategy} assembly is that fast here; the fastest reached "
                      f"{reached:.2f}")
 

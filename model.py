@@ -736,7 +736,8 @@ class Parser(argparse.ArgumentParser):
         try:
             return str(torch.empty(0, device=name).device)
         except (RuntimeError, AssertionError) as error:
-            raise argparse.ArgumentTypeError(f"{name}: {str(error).partition(chr(10))[0]}") from None
+            reason = str(error).partition("\n")[0]
+            raise argparse.ArgumentTypeError(f"{name}: {reason}") from None
 
 
 @command_line

@@ -28,11 +28,12 @@ from modules import STACKS, Bank, divisors, load_bank, module_spans, save_bank
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
 BASELINES = ("sft", "kd", "pseudo", "theseus")
 
-# What differs between the toy run and a real one. An option on the command line beats both.
+# What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
 TOY = dict(metric="exact", layers=6, d_model=64, vocab=200, batch_tokens=2048, teacher_steps=500, steps=400,
            teacher_lr=2e-3, lr=4e-3, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
 REAL = dict(metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096, teacher_steps=2820, steps=940,
             teacher_lr=2e-3, lr=2e-3, max_length=128, baselines="")
+FINE_TUNE = dict(REAL, teacher_lr=3e-4, lr=5e-4)  # a teacher that comes with weights wants smaller steps
 
 
 def parse_args(argv):
@@ -71,7 +72,7 @@ def parse_args(argv):
     given = [name for name in ("train", "valid", "test") if getattr(args, name)]
     if len(given) not in (0, 3):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
-    for name, value in (REAL if given else TOY).items():
+    for name, value in (FINE_TUNE if args.teacher else REAL if given else TOY).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.teacher and not given:
