@@ -132,14 +132,16 @@ def replacement_rate(step, steps, start=0.5, rise=0.6):
 
 def sample_path(n, spans, rate, rng):
     """Draw a path through n layers: walk from 0; wherever modules start, one draw takes a module with probability
-    `rate`, any of those that start there with equal chance (multi-grained replacing), else the teacher's layer.
+    `rate`, else the teacher's layer. One draw a position, not one a stack: a module must meet every neighbourhood.
 
-    rng: random.Random. One draw a position, not one a stack: a module must meet every neighbourhood.
+    Of the modules that start there (multi-grained replacing) each is taken in proportion to its length: with equal
+    chances the long ones, which have most to learn, are on the fewest paths. rng: random.Random.
     """
     path, start = [], 0
     while start < n:
         here = [span for span in spans if span[0] == start]
-        path.append(rng.choice(here) if here and rng.random() < rate else (start, start + 1))
+        take = here and rng.random() < rate
+        path.append(rng.choices(here, [b - a for a, b in here])[0] if take else (start, start + 1))
         start = path[-1][1]
     return path
 

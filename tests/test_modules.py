@@ -130,7 +130,7 @@ def test_every_sampled_path_tiles(n, rate):
 
 @pytest.mark.parametrize("n, granularities", ((12, [2, 3, 4, 6]), (6, [2, 3]), (8, [2])))
 @pytest.mark.parametrize("rate", (0.25, 0.5, 0.8))
-def test_each_position_takes_modules_at_the_rate(n, granularities, rate):
+def test_each_position_takes_modules_at_the_rate_and_by_length(n, granularities, rate):
     spans, rng = mod.module_spans(n, granularities), random.Random(1)
     seen, took, chosen = [0] * n, [0] * n, {}
     for _ in range(3000):
@@ -148,10 +148,10 @@ def test_each_position_takes_modules_at_the_rate(n, granularities, rate):
         assert abs(took[start] - expected) < 5 * sigma, \
             f"rate {rate}: layer {start} of {n} took a module {took[start]} of {seen[start]} times, not {expected:.0f}"
         for span in here:
-            p = 1 / len(here)
+            p = (span[1] - span[0]) / sum(stop - start for start, stop in here)
             sigma = math.sqrt(took[start] * p * (1 - p))
             assert abs(chosen.get(span, 0) - took[start] * p) <= 5 * sigma, \
-                f"modules that start at layer {start} must be taken equally often, but {span} was {chosen.get(span)}"
+                f"at layer {start} a module is taken in proportion to its length, but {span} was {chosen.get(span)} times"
 
 
 @pytest.mark.parametrize("rate", (0.3, 0.5))
