@@ -24,7 +24,7 @@ from tqdm import tqdm
 from model import T5, T5Config
 from modules import STACKS, path_of, realised_rate, replacement_rate, sample_path
 
-WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 1.0}
+WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
 CE_ONLY = {"ce": 1.0}
 
 

@@ -754,3 +754,13 @@ def test_pick_dtype(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported
                             or including_emulation)
         assert d.pick_dtype("auto", "cuda:0") is dtype, "bfloat16 on a GPU that has it, not one that emulates it"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_cuda_trains_modules_in_mixed_precision(dtype):
+    teacher, records = tiny(4, 4).cuda(), []
+    bank = make_bank(teacher).cuda()
+    d.train_modules(teacher, bank, toy_batches(30), 30, lr=1e-2, dtype=dtype, log=records.append)
+    assert all(p.dtype is torch.float32 for p in bank.parameters()), "weights stay float32, only products are 16 bit"
+    assert records[-1]["hidden"] < records[0]["hidden"], f"{dtype}: the modules must come closer to the teacher"

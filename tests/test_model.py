@@ -198,6 +198,20 @@ def test_autocast_stays_close(dtype, bound):
     assert ids.shape[0] == len(expected["input_ids"]), "generation must work under autocast"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_cuda_computes_what_the_cpu_does(name):
+    model, expected = load(name)
+    model, x, y = model.cuda(), expected["input_ids"].cuda(), expected["decoder_ids"].cuda()
+    assert relative(model(x, y).cpu(), expected["logits"]) <= 2e-4, "float32 logits on the GPU"
+    assert model.generate(x, 20).cpu().tolist() == load(name)[0].generate(x.cpu(), 20).tolist(), "greedy ids on the GPU"
+    for dtype, bound in ((torch.bfloat16, 0.3), (torch.float16, 0.05)):
+        with torch.autocast("cuda", dtype=dtype):
+            logits = model(x, y).float().cpu()
+        assert (logits - expected["logits"]).norm() / expected["logits"].norm() < bound, f"{dtype} only costs digits"
+
+
 # ----------------------------------------------------------------------------- masks, lists of layers, states
 
 
