@@ -313,29 +313,33 @@ def table(rows, metric):
 
 def frontier(rows, metric):
     """An SVG of quality against measured speed-up. Mid-tone colours and no background: it reads on white and black."""
-    left, top, width, height, grey = 60, 20, 520, 280, "#808080"
-    x_max = max(r["speedup"] for r in rows.values()) * 1.08
-    y_max = max(r[metric] for r in rows.values()) * 1.05 or 1.0
+    left, top, width, height, grey = 60, 20, 520, 300, "#808080"
+    speeds, scores = [r["speedup"] for r in rows.values()], [r[metric] for r in rows.values()]
 
-    def at(r):
-        return left + width * r["speedup"] / x_max, top + height * (1 - r[metric] / y_max)
+    def scale(values):  # value -> share of the axis, which starts and ends a tenth beyond the values
+        margin = 0.1 * (max(values) - min(values)) or 1.0
+        low, high = min(values) - margin, max(values) + margin
+        return low, high, lambda value: (value - low) / (high - low)
+    (x_low, x_high, x_of), (y_low, y_high, y_of) = scale(speeds), scale(scores)
 
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {top + height + 50}" '
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 40} {top + height + 50}" '
            f'font-family="sans-serif" font-size="12" fill="{grey}">',
            f'<path d="M{left},{top}V{top + height}H{left + width}" fill="none" stroke="{grey}"/>',
            f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">measured speed-up</text>',
            f'<text x="14" y="{top + height / 2}" transform="rotate(-90 14 {top + height / 2})" '
            f'text-anchor="middle">{metric}</text>']
-    for i in range(5):
-        y, x = top + height * (1 - i / 4), left + width * (i + 1) / 5
-        svg.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{y_max * i / 4:.0f}</text>')
-        svg.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{x_max * (i + 1) / 5:.1f}x</text>')
+    for i in range(6):
+        x, y = left + width * i / 5, top + height * (1 - i / 5)
+        svg.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">'
+                   f'{x_low + (x_high - x_low) * i / 5:.1f}x</text>')
+        svg.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">'
+                   f'{y_low + (y_high - y_low) * i / 5:.1f}</text>')
     for name, r in rows.items():
-        x, y = at(r)
-        colour = "#e8590c" if name.split()[0] in BASELINES else "#1c7ed6"
-        label = name.removeprefix("assembly ")
+        x, y = left + width * x_of(r["speedup"]), top + height * (1 - y_of(r[metric]))
+        colour, above = ("#e8590c", -13) if name.split()[0] in BASELINES else ("#1c7ed6", 5)  # labels apart
         svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{name}: {r[metric]:.1f}</title>'
-                   f'</circle><text x="{x + 6:.1f}" y="{y - 5:.1f}" font-size="10" fill="{colour}">{label}</text>')
+                   f'</circle><text x="{x + 6:.1f}" y="{y - above:.1f}" font-size="10" fill="{colour}">'
+                   f'{name.removeprefix("assembly ")}</text>')
     return "\n".join(svg + ["</svg>", ""])
 
 
