@@ -67,7 +67,7 @@ class Tokenizer:
 
 def _write_atomically(path, content):
     """A reader, or a run that was interrupted here, sees the whole file or none."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.part")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -90,17 +90,18 @@ def train_tokenizer(texts, path, vocab_size):
             max_sentence_length=1 << 20,  # the default drops texts over 4,192 bytes: articles, say
             num_threads=2, minloglevel=2)  # sums are per thread: a fixed number gives the same file anywhere
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1] or "there is no text"
-        raise ValueError(f"{path}: cannot train {vocab_size} SentencePiece pieces: {reason}") from error
+        reason = str(error).split("] ")[-1] or "no text, or more letters than pieces"
+        raise ValueError(f"cannot train a tokenizer of {vocab_size} SentencePiece pieces: {reason}") from error
     _write_atomically(path, model.getvalue())
     return Tokenizer(path)
 
 
 # ---------------------------------------------------------------- the toy task
 # Translation into an invented language. The source names somebody, an act, a thing and a place in any order; the target
-# puts them in this order, and a particle behind each word agrees with the word's class *and with the next particle*.
-# So the first particle written depends on all words, through a chain of steps from the last word to the first: the
-# decoder, which writes from first to last, can not walk along it, a stack needs depth to. Word: (translation, class).
+# puts them in this order, and a particle behind each word agrees with the word's class *and with the next particle*:
+# class 0 settles it, class 1 takes over the next one, class 2 turns it. So a particle may depend on every word after
+# its own, through a chain of steps from the last word to the first: the decoder, which writes from first to last, can
+# not walk along it, a stack of layers needs depth to. Word: (translation, class).
 TOY_WORDS = {
     "who": {"anna": ("mira", 0), "bob": ("tavo", 1), "the cat": ("sefi", 2), "a child": ("lunda", 0),
             "the king": ("orbo", 1), "my aunt": ("peka", 2), "a sailor": ("dremi", 0), "the fox": ("vulo", 1)},
@@ -125,14 +126,13 @@ def toy_pair(rng):
 
 
 def toy_corpus(n, seed):
-    """n pairs (source of <= 15 words, target of <= 20), no source twice. ValueError if n is too many."""
+    """n pairs, no source twice. ValueError if n is too many."""
     rng, pairs = random.Random(seed), {}
     for _ in range(100 * n + 100):
         if len(pairs) == n:
             return list(pairs.items())
         source, target = toy_pair(rng)
-        if len(target.split()) <= 20:
-            pairs[source] = target
+        pairs[source] = target
     raise ValueError(f"the toy task has fewer than {n} different sentences: {len(pairs)} were found")
 
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import T5, T5Config
-from modules import STACKS, path_of, realised_rate, replacement_rate, sample_path
+from model import new_file
+from modules import STACKS, path_of, realised_rate, replacement_rate, sample_path, with_layers
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
 CE_ONLY = {"ce": 1.0}
@@ -87,25 +87,24 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
     ours["decoder"] = student.decode(inputs, ours["encoder"].hidden, masks["encoder"], layers["decoder"], probs)
     logits = student.logits(ours["decoder"].hidden[real])  # the head runs on real tokens only: (N, V)
     terms = {"ce": cross_entropy(logits, target[real])}
-    if teacher is None:
-        return terms
-    with torch.no_grad():
-        theirs = {"encoder": teacher.encode(source, need_probs=probs)}
-        theirs["decoder"] = teacher.decode(inputs, theirs["encoder"].hidden, masks["encoder"], need_probs=probs)
-        teacher_logits = teacher.logits(theirs["decoder"].hidden[real])
-    terms["logits"] = logit_distillation(logits, teacher_logits)
-    hidden, attention = [], []
-    for stack in STACKS:
-        for i, (start, stop) in enumerate(paths[stack]):
-            if stop - start == 1 and student is teacher:
-                continue  # the teacher's own layer: nothing of it can learn
-            hidden.append(hidden_distillation(ours[stack].states[i], theirs[stack].states[stop - 1], masks[stack]))
-            for s, t in zip(ours[stack].probs[i], theirs[stack].probs[stop - 1]) if probs else ():
-                attention.append(attention_distillation(s, t, masks[stack]))
-    if hidden:
-        terms["hidden"] = torch.stack(hidden).mean()
-    if attention:
-        terms["attention"] = torch.stack(attention).mean()
+    if teacher is not None:
+        with torch.no_grad():
+            theirs = {"encoder": teacher.encode(source, need_probs=probs)}
+            theirs["decoder"] = teacher.decode(inputs, theirs["encoder"].hidden, masks["encoder"], need_probs=probs)
+            teacher_logits = teacher.logits(theirs["decoder"].hidden[real])
+        terms["logits"] = logit_distillation(logits, teacher_logits)
+        hidden, attention = [], []
+        for stack in STACKS:
+            for i, (start, stop) in enumerate(paths[stack]):
+                if stop - start == 1 and student is teacher:
+                    continue  # the teacher's own layer: its weights are frozen
+                hidden.append(hidden_distillation(ours[stack].states[i], theirs[stack].states[stop - 1], masks[stack]))
+                for s, t in zip(ours[stack].probs[i], theirs[stack].probs[stop - 1]) if probs else ():
+                    attention.append(attention_distillation(s, t, masks[stack]))
+        if hidden:
+            terms["hidden"] = torch.stack(hidden).mean()
+        if attention:
+            terms["attention"] = torch.stack(attention).mean()
     return {term: value for term, value in terms.items() if term in weights}
 
 
@@ -116,7 +115,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
     targets have no noise, and matching them with noise costs (README, "What did not work"). **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
-    distilling = teacher if set(weights) != set(CE_ONLY) else None
+    distilling = teacher if len(weights) > 1 else None
     bank.train(distilling is None)
 
     def step_loss(step, source, target):
@@ -157,18 +156,13 @@ def shrink(teacher, encoder_layers, decoder_layers):
     Shleifer & Rush 2020, section 3.1 (https://arxiv.org/abs/2010.13002). Raises ValueError for a depth beyond the
     teacher's or below 1.
     """
-    config = T5Config(**{**vars(teacher.config), "num_layers": encoder_layers, "num_decoder_layers": decoder_layers})
-    with torch.device("meta"):
-        student = T5(config)
+    layers = {}
     for stack, k in zip(STACKS, (encoder_layers, decoder_layers)):
-        own, source = getattr(student, stack), getattr(teacher, stack)
-        if not 1 <= k <= len(source.layers):
-            raise ValueError(f"a student of {k} {stack} layers: the teacher has {len(source.layers)}")
-        kept = [round(i * (len(source.layers) - 1) / max(k - 1, 1)) for i in range(k)]
-        own.layers = copy.deepcopy(torch.nn.ModuleList(source.layers[i] for i in kept))
-        own.positions, own.norm = copy.deepcopy(source.positions), copy.deepcopy(source.norm)
-    student.embedding, student.head = copy.deepcopy((teacher.embedding, teacher.head))  # together: they may be one
-    return student.eval()
+        own = getattr(teacher, stack).layers
+        if not 1 <= k <= len(own):
+            raise ValueError(f"a student of {k} {stack} layers: the teacher has {len(own)}")
+        layers[stack] = [own[round(i * (len(own) - 1) / max(k - 1, 1))] for i in range(k)]
+    return with_layers(teacher, layers)
 
 
 # ---- the loop
@@ -194,7 +188,7 @@ def pick_dtype(name, device):
 
 
 def learning_rate(step, steps, peak, warmup=0.05):
-    """Linear from 0 over the first 5 % of the steps, then linear down to 0 at the last."""
+    """Linear up to `peak` over the first 5 % of the steps, then linear towards 0."""
     rise = max(1, round(warmup * steps))
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
@@ -215,7 +209,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     first = load_checkpoint(checkpoint, name, trained, optimizer, scaler)
-    saved, started, tokens = time.monotonic(), time.monotonic(), 0
+    saved, started, tokens = time.perf_counter(), time.perf_counter(), 0
     for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=None)):
         torch.manual_seed(seed * 1_000_003 + step)  # dropout
         source, target = (ids.to(device, non_blocking=True) for ids in batches[step])
@@ -238,30 +232,33 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
 
         tokens += source.numel() + target.numel()
         if step == first or (step + 1) % max(1, steps // 100) == 0 or step + 1 == steps:
-            speed = tokens / (time.monotonic() - started)
+            speed = tokens / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
             if log:
                 log({"stage": name, "step": step + 1, "steps": steps, "loss": loss.item(),
                      **{term: value.item() for term, value in terms.items()},
                      **{f"{term}_weighted": weights[term] * value.item() for term, value in terms.items()},
                      **facts, "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
-        if checkpoint and (time.monotonic() - saved > save_every) and step + 1 < steps:
+        if checkpoint and (time.perf_counter() - saved > save_every) and step + 1 < steps:
             save_checkpoint(checkpoint, name, step + 1, trained, optimizer, scaler)
-            saved = time.monotonic()
+            saved = time.perf_counter()
 
 
 def save_checkpoint(path, name, step, trained, optimizer, scaler):
     """Write the state after `step` steps of stage `name`; the old file stays until the new one is complete."""
-    torch.save({"stage": name, "step": step, "weights": trained.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict()}, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    with new_file(path) as f:
+        torch.save({"stage": name, "step": step, "weights": trained.state_dict(),
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f)
 
 
 def load_checkpoint(path, name, trained, optimizer, scaler):
     """Restore what `save_checkpoint` wrote, if it is there and of this stage. Returns the step to go on from."""
     if path is None or not os.path.exists(path):
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch's parsers raise
+        raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
     if state["stage"] != name:
         return 0
     trained.load_state_dict(state["weights"])

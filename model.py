@@ -434,7 +434,7 @@ class T5(nn.Module):
 
 # ---- checkpoints in the Hugging Face layout
 
-# Our module -> the name in a checkpoint. {i} is a layer's number, {e} the feed-forward's sub-layer number.
+# Our module -> its name in a checkpoint.
 STACK_NAMES = {"norm": "final_layer_norm",
                "positions": "block.0.layer.0.SelfAttention.relative_attention_bias"}  # lives in block 0 *there*
 LAYER_NAMES = {"encoder": {"self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
@@ -555,6 +555,14 @@ def read_config(path):
     config = T5Config(**values)
     if config.feed_forward_proj not in ("relu", "gated-gelu"):
         raise ValueError(f"{path}: feed_forward_proj is {config.feed_forward_proj!r}, not 'relu' or 'gated-gelu'")
+    if config.relative_attention_num_buckets < 4 or \
+            config.relative_attention_max_distance <= config.relative_attention_num_buckets // 2:
+        raise ValueError(f"{path}: relative_attention_num_buckets must be at least 4, and "
+                         f"relative_attention_max_distance more than half of it")
+    if max(config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) >= config.vocab_size:
+        raise ValueError(f"{path}: a token id lies outside vocab_size {config.vocab_size}")
+    if not 0 <= config.dropout_rate < 1:
+        raise ValueError(f"{path}: dropout_rate is {config.dropout_rate}")
     return config
 
 
@@ -650,13 +658,13 @@ def save_t5(model, path):
 
 
 def find_t5(path):
-    """`path` if it is a folder, else the cache folder of the model with that name, fetched on first use.
+    """`path` if it is a folder, else, for a str, the cache folder of the model with that name, fetched on first use.
 
     MODULAR_T5_CACHE moves the cache, MODULAR_T5_HUB replaces the base address. Raises OSError if it can not be had.
     """
     if Path(path).is_dir():
         return Path(path)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+    if isinstance(path, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise FileNotFoundError(f"{path}: no such folder, nor the name of a model")
     folder = Path(os.environ.get("MODULAR_T5_CACHE", Path.home() / ".cache" / "modular-transformers")) / path
     base = f"{os.environ.get('MODULAR_T5_HUB', HUB).rstrip('/')}/{path}/resolve/main"
@@ -753,8 +761,8 @@ def main(argv):
     from data import Tokenizer  # here alone: the model itself knows no text
     folder = find_t5(args.model)
     model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
-    for line in args.text or sys.stdin:
-        ids = torch.tensor([tokenizer.encode(line.rstrip("\n"))], device=args.device)
+    for line in args.text or (line.decode() for line in sys.stdin.buffer):  # UTF-8 on every system
+        ids = torch.tensor([tokenizer.encode(line.rstrip("\r\n"))], device=args.device)
         output = model.generate(ids, args.max_new_tokens, args.num_beams)
         print(tokenizer.decode(output[0].tolist()), flush=True)
 

@@ -12,11 +12,12 @@ step samples such a path, an assembly chooses one. Modular Transformers, https:/
 """
 import copy
 import re
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from model import read_safetensors, write_safetensors
+from model import T5, read_safetensors, write_safetensors
 
 STACKS = ("encoder", "decoder")
 
@@ -97,6 +98,19 @@ def merge(layers, init):
     return module
 
 
+def with_layers(teacher, layers):
+    """A plain T5 of {"encoder": [layer, ...], "decoder": [...]}: copies of these, and of all else of the teacher."""
+    config = replace(teacher.config, num_layers=len(layers["encoder"]), num_decoder_layers=len(layers["decoder"]))
+    with torch.device("meta"):  # shapes only: every part is about to be replaced
+        model = T5(config)
+    model.embedding, model.head = copy.deepcopy((teacher.embedding, teacher.head))  # together: they may be one tensor
+    for stack in STACKS:
+        own, source = getattr(model, stack), getattr(teacher, stack)
+        own.layers = copy.deepcopy(nn.ModuleList(layers[stack]))
+        own.positions, own.norm = copy.deepcopy(source.positions), copy.deepcopy(source.norm)
+    return model.requires_grad_(True).eval()
+
+
 def save_bank(bank, path):
     """Write all modules to one safetensors file, under names such as "encoder.0-2.self_attention.q.weight"."""
     write_safetensors(bank.state_dict(), path)
@@ -125,7 +139,7 @@ def replacement_rate(step, steps, start=0.5, rise=0.6):
     """The rate r(t) of a step: linear from `start` to 1 over the first share `rise` of all steps, 1 after it.
 
     BERT-of-Theseus, section 3.3 (https://arxiv.org/abs/2002.02925): at first modules learn beside the teacher's
-    layers, in the end beside each other, as they will run. start=1 is a constant rate of 1; rise=0 likewise.
+    layers, in the end beside each other, as they will run. start=1 is a constant rate of 1; rise=inf keeps `start`.
     """
     return min(1.0, start + (1.0 - start) * step / (rise * steps)) if rise > 0 else 1.0
 

@@ -11,7 +11,9 @@ something trains, results.json and frontier.svg. `python assemble.py RUN --ratio
 import argparse
 import ctypes
 import json
+import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,8 +23,8 @@ from tqdm import tqdm
 from assemble import assemble, choose, depths, export, parameters, path_of_depth, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
-from distill import CE_ONLY, WEIGHTS, pick_dtype, shrink, train_modules, train_student
-from model import T5, Parser, T5Config, command_line, find_t5, load_t5, read_json, write_json
+from distill import CE_ONLY, WEIGHTS, losses, pick_dtype, shrink, train_modules, train_student
+from model import T5, Parser, T5Config, command_line, find_t5, load_t5, new_file, read_json, write_json
 from modules import STACKS, Bank, divisors, load_bank, module_spans, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
@@ -61,26 +63,47 @@ def parse_args(argv):
     p.add_argument("--steps", type=int, help="steps for the bank, and for each baseline")
     p.add_argument("--teacher-lr", type=float, help="peak learning rate of the teacher")
     p.add_argument("--lr", type=float, help="peak learning rate of the bank and the baselines")
-    p.add_argument("--granularities", type=lambda text: [int(g) for g in text.split(",")],
+    p.add_argument("--granularities", type=span_lengths,
                    help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
     p.add_argument("--init", choices=["first", "average"], default="first", help="how a module starts from its span")
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
     args = p.parse_args(argv)
     if args.resume:
+        changed = [name for name, value in vars(args).items()
+                   if name not in ("out", "resume", "device") and value != p.get_default(name)]
+        if changed:
+            raise ValueError(f"--resume keeps the run's own settings: leave out --{changed[0].replace('_', '-')}")
         settings = read_json(args.out / "args.json")
-        return argparse.Namespace(**{**settings, "out": args.out, "resume": True})
+        missing = set(vars(args)) - set(settings) - {"out", "resume", "device"}
+        if missing:
+            raise ValueError(f"{args.out / 'args.json'}: lacks {', '.join(sorted(missing))}")
+        return argparse.Namespace(**{**settings, "out": args.out, "device": args.device, "resume": True})
     given = [name for name in ("train", "valid", "test") if getattr(args, name)]
     if len(given) not in (0, 3):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
+    if args.teacher and not given:
+        raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
     for name, value in (FINE_TUNE if args.teacher else REAL if given else TOY).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.teacher and not given:
-        raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
+    for name, least in dict(layers=1, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1,
+                            teacher_steps=0, seed=0).items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.d_model % 32:
         raise ValueError(f"--d-model {args.d_model}: not a multiple of 32")
     parse_baselines(args.baselines)
+    for name in given:  # absolute, so that --resume works from another folder
+        setattr(args, name, [str(Path(file).absolute()) for file in getattr(args, name)])
+    if args.teacher and Path(args.teacher).is_dir():
+        args.teacher = str(Path(args.teacher).absolute())
+    args.dtype = str(pick_dtype(args.dtype, args.device)).removeprefix("torch.")  # settled once, also for --resume
     return args
+
+
+def span_lengths(text):
+    """"2,3,6" -> [2, 3, 6], each once."""
+    return sorted({int(length) for length in text.split(",")})
 
 
 def parse_baselines(text):
@@ -106,10 +129,11 @@ def main(argv):
     args = parse_args(argv)
     pairs = read_data(args)
     teacher, tokenizer = start_run(args, pairs)
-    out, dtype = args.out, pick_dtype(args.dtype, args.device)
+    out, dtype = args.out, getattr(torch, args.dtype)
     log_file = open(out / "log.jsonl", "a", encoding="utf-8")
 
     def log(record):
+        record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}  # JSON
         log_file.write(json.dumps(record) + "\n")
         log_file.flush()
         tenth = max(1, record["steps"] // 10)
@@ -120,13 +144,11 @@ def main(argv):
     train, cut = encode_pairs(tokenizer, pairs["train"], args.max_length)
     batches = Batches(train, args.batch_tokens, tokenizer.pad_id, args.seed)
     say(f"{len(train):,} training pairs ({cut} sequences cut at {args.max_length} tokens), {len(batches)} batches an "
-        f"epoch; {args.device}, {str(dtype).removeprefix('torch.')}")
+        f"epoch; {args.device}, {args.dtype}")
     loop = dict(seed=args.seed, dtype=dtype, log=log, checkpoint=out / "checkpoint.pt")
 
-    if (out / "teacher").exists():
-        teacher = load_t5(out / "teacher").to(args.device)
-    else:
-        teacher.to(args.device)
+    teacher.to(args.device)
+    if not (out / "teacher").exists():
         say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")
         train_student(teacher, batches, args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
         export(teacher, out / "spiece.model", out / "teacher")
@@ -140,7 +162,7 @@ def main(argv):
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, name="bank", **loop)
         save_bank(bank, bank_file)
 
-    score = Scorer(args, tokenizer, pairs["test"], teacher)
+    score = Scorer(args, tokenizer, pairs, teacher)
     score("teacher", teacher)
     for shape in study_shapes(teacher, bank):
         paths = {stack: path_of_depth(len(getattr(teacher, stack).layers), bank.spans[stack], depth)
@@ -151,12 +173,12 @@ def main(argv):
         if name not in score.rows:
             folder = out / "baselines" / name.replace(" ", "-")
             if not folder.exists():
-                say(f"{name}: {args.steps} steps")
-                student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop)
+                student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, score.valid)
                 folder.parent.mkdir(exist_ok=True)
                 export(student, out / "spiece.model", folder)
             score(name, load_t5(folder).to(args.device))
-    (out / "frontier.svg").write_text(frontier(score.rows, args.metric), encoding="utf-8")
+    with new_file(out / "frontier.svg") as f:
+        f.write(frontier(score.rows, args.metric).encode())
     (out / "checkpoint.pt").unlink(missing_ok=True)
     say("\n" + table(score.rows, args.metric) + f"\n\nrun folder: {out}")
 
@@ -175,51 +197,54 @@ def read_data(args):
 
 
 def start_run(args, pairs):
-    """Make the run folder, or check the one to resume. Returns a teacher to train and the tokenizer.
+    """Make the run folder, or check the one to resume. Returns the teacher, trained or yet to train, and the tokenizer.
     Raises ValueError if there is a run in the folder and --resume was not given: nothing is overwritten."""
-    out = args.out
+    out, teacher = args.out, None
     if not args.resume and (out / "args.json").exists():
         raise ValueError(f"{out}: holds a run already: go on with --resume, or choose another --out")
-    teacher = None
-    if args.teacher and not (out / "teacher").exists():
+    if args.resume:
+        tokenizer = Tokenizer(out)
+    if (out / "teacher").exists():
+        teacher = load_t5(out / "teacher")
+    elif args.teacher:
         folder = find_t5(args.teacher)
         teacher, tokenizer = load_t5(folder), Tokenizer(folder)
         if len(tokenizer.pieces) > teacher.config.vocab_size:
             raise ValueError(f"{folder}: spiece.model has {len(tokenizer.pieces)} pieces, the embedding "
                              f"{teacher.config.vocab_size} rows")
-    check_plan(args, *((args.layers, args.layers) if teacher is None else
-                       (teacher.config.num_layers, teacher.config.num_decoder_layers)))
-    out.mkdir(parents=True, exist_ok=True)
-    if teacher:
-        tokenizer.save(out)
-    elif (out / "spiece.model").exists():
-        tokenizer = Tokenizer(out)
-    else:
-        texts = (text for pair in pairs["train"] for text in pair)
-        tokenizer = train_tokenizer(texts, out / "spiece.model", args.vocab)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
-    write_json(settings, out / "args.json")
+    check_plan(args, *((teacher.config.num_layers, teacher.config.num_decoder_layers) if teacher else
+                       (args.layers, args.layers)))
+    if not teacher and not args.resume:
+        with tempfile.TemporaryDirectory() as folder:
+            texts = (text for pair in pairs["train"] for text in pair)
+            tokenizer = train_tokenizer(texts, Path(folder) / "spiece.model", args.vocab)
     if not teacher:
         torch.manual_seed(args.seed)
         heads = max(4, args.d_model // 32)
         teacher = T5(T5Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, d_kv=args.d_model // heads,
                               num_heads=heads, d_ff=4 * args.d_model, num_layers=args.layers,
                               num_decoder_layers=args.layers, scale_decoder_outputs=False))
+    if not args.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out)
+        write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")
     return teacher, tokenizer
 
 
 def check_plan(args, encoder, decoder):
     """Raise ValueError, before anything is written, for modules or baselines that the teacher's depth can not have."""
-    for n in (encoder, decoder):
-        module_spans(n, args.granularities or divisors(n))
+    spans = [module_spans(n, args.granularities or divisors(n)) for n in (encoder, decoder)]
+    if not any(spans):
+        raise ValueError(f"{encoder}+{decoder} layers have no divisor from 2 to 6 for modules: give --granularities, "
+                         f"or another depth")
     for kind, e, d in parse_baselines(args.baselines):
         if not (1 <= e <= encoder and 1 <= d <= decoder):
             raise ValueError(f"--baselines {kind}:{e}+{d}: the teacher has {encoder}+{decoder} layers")
-        if kind == "theseus" and (encoder % e or decoder % d):
-            raise ValueError(f"--baselines {kind}:{e}+{d}: equal spans do not tile {encoder}+{decoder} layers")
+        if kind == "theseus" and (encoder % e or decoder % d or (e, d) == (encoder, decoder)):
+            raise ValueError(f"--baselines {kind}:{e}+{d}: not a shape that equal spans make of {encoder}+{decoder}")
 
 
-def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop):
+def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, valid):
     """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank."""
     if kind == "theseus":
         n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
@@ -229,6 +254,7 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop):
         paths = {s: bank.spans[s] or [(i, i + 1) for i in range(n[s])] for s in STACKS}
         return assemble(teacher, bank, paths)
     student = shrink(teacher, encoder, decoder)
+    say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")
     if kind == "pseudo":
         batches = relabel(teacher, batches, args)
     teach = dict(teacher=teacher, weights=WEIGHTS) if kind == "kd" else {}
@@ -239,7 +265,8 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop):
 def relabel(teacher, batches, args):
     """The same sources with the teacher's outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947)."""
     sources = [source for source, _ in batches.examples]
-    targets = translate(teacher, sources, args, "pseudo-labels")
+    targets, eos = translate(teacher, sources, args, "pseudo-labels"), teacher.config.eos_token_id
+    targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos] for ids in targets]  # cut: ended here
     return Batches(list(zip(sources, targets)), args.batch_tokens, teacher.config.pad_token_id, args.seed)
 
 
@@ -276,11 +303,20 @@ def study_shapes(teacher, bank):
 class Scorer:
     """Scores models on the test pairs, one row each, and keeps results.json up to date."""
     def __init__(self, args, tokenizer, pairs, teacher):
-        self.args, self.tokenizer, self.pairs, self.teacher = args, tokenizer, pairs, teacher
+        self.args, self.tokenizer, self.pairs, self.teacher = args, tokenizer, pairs["test"], teacher
         self.file, self.rows = args.out / "results.json", {}
         if self.file.exists():
             self.rows = read_json(self.file)["rows"]
-        self.sources = [source for source, _ in encode_pairs(tokenizer, pairs, args.max_length)[0]]
+        self.sources = [source for source, _ in encode_pairs(tokenizer, self.pairs, args.max_length)[0]]
+        valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)[0]
+        self.valid_batches = Batches(valid, args.batch_tokens, tokenizer.pad_id, seed=0)
+
+    @torch.no_grad()
+    def valid(self, model):
+        """Cross-entropy per batch of validation pairs, in nats a token: has it converged, does it overfit?"""
+        batches = [self.valid_batches[k] for k in range(len(self.valid_batches))]
+        return sum(losses(model.eval(), source.to(self.args.device), target.to(self.args.device), CE_ONLY)["ce"].item()
+                   for source, target in batches) / len(batches)
 
     def __call__(self, name, model):
         """Measure what is not measured yet: metric, size, and speed-up over the teacher at batch 1, greedy."""
@@ -294,10 +330,11 @@ class Scorer:
         base = self.rows["teacher"][self.args.metric] if self.rows else quality
         self.rows[name] = {"encoder": layers[0], "decoder": layers[1], "ratio": sum(full) / sum(layers),
                            "parameters": parameters(model), "speedup": speedup(self.teacher, model, source),
-                           self.args.metric: quality, "share": 100 * quality / base if base else 0.0}
+                           "valid_loss": self.valid(model), self.args.metric: quality,
+                           "share": 100 * quality / base if base else 0.0}
         write_json({"metric": self.args.metric, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
                     "device": self.args.device, "rows": self.rows}, self.file)
-        say(f"{name}: {self.args.metric} {quality:.1f}")
+        say(f"{name}: {self.args.metric} {quality:.1f}, validation loss {self.rows[name]['valid_loss']:.3f}")
 
 
 def table(rows, metric):

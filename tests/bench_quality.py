@@ -1,20 +1,23 @@
 """What each part of the recipe is worth: banks trained with one thing changed, scored on the validation pairs.
 
     python train.py --out run                          # the toy run, or any other: its teacher and settings are used
-    python tests/bench_quality.py run --seeds 0 1      # all variants, a Markdown table; rows are kept in RUN/ablation.json
+    python tests/bench_quality.py run --seeds 0 1      # all variants; rows are kept in RUN/ablation.json
     python tests/bench_quality.py run --only recipe "equal chances" --seeds 0
 
-Not collected by pytest. The test pairs are not read.
+Not collected by pytest. The test pairs are not scored. A seed is the bank's; the teacher is the run's one. Remove
+ablation.json after a change of the recipe.
 """
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import distill
 from assemble import assemble, depths, path_of_depth
 from data import Batches, Tokenizer, encode_pairs
-from distill import WEIGHTS, pick_dtype, train_modules
+from distill import WEIGHTS, train_modules
 from model import Parser, command_line, load_t5, read_json, write_json
 from modules import STACKS, Bank, sample_path
 from train import METRICS, keep_heap, parse_args, read_data, translate
@@ -77,12 +80,13 @@ def run(name, seed, args, tokenizer, teacher, pairs):
     init, options, sampler, dropout = VARIANTS[name]
     batches = Batches(encode_pairs(tokenizer, pairs["train"], args.max_length)[0], args.batch_tokens,
                       tokenizer.pad_id, seed)
-    bank, started = Bank(teacher, init=init), time.time()
+    bank = Bank(teacher, args.granularities and dict.fromkeys(STACKS, args.granularities), init)
+    started = time.time()
     distill.sample_path = sampler
     if dropout:
         bank.train = lambda mode: Bank.train(bank, True)
     train_modules(teacher, bank, batches, args.steps, seed=seed, lr=args.lr, name=f"{name} {seed}",
-                  dtype=pick_dtype(args.dtype, args.device), **options)
+                  dtype=getattr(torch, args.dtype), **options)
     Bank.train(bank, False)
     sources = [source for source, _ in encode_pairs(tokenizer, pairs["valid"], args.max_length)[0]]
     n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}

@@ -331,7 +331,7 @@ def test_choose_speedup_takes_the_largest(monkeypatch, strategy, wanted, shape):
     monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 10 / (len(model.encoder.layers)
                                                                           + len(model.decoder.layers)))
     teacher = tiny()
-    paths = a.choose_speedup(make_bank(teacher), teacher, wanted, strategy, None)
+    paths, got = a.choose_speedup(make_bank(teacher), teacher, wanted, strategy, None)
     assert (len(paths["encoder"]), len(paths["decoder"])) == shape, \
         f"the most layers that are {wanted}x as fast, when the time is the number of layers: {shape}"
 
@@ -500,7 +500,7 @@ def test_bad_options(run_folder, tmp_path, capsys, quick, options, words):
 @pytest.mark.parametrize("options", (["--ratio", "two"], ["--strategy", "best", "--ratio", "2"]))
 def test_options_that_argparse_refuses(run_folder, tmp_path, capsys, options):
     status, _, error = command(capsys, run_folder, *options, "--out", tmp_path / "small")
-    assert status == 2 and error.count("\n") == 1 and options[0] in error, f"one line that names {options[0]}: {error!r}"
+    assert status == 2 and error.count("\n") == 1 and options[0] in error, f"one line with {options[0]}: {error!r}"
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 

@@ -526,12 +526,21 @@ def test_failed_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(state, file):
-        Path(file).write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left on device")
     monkeypatch.setattr(d.torch, "save", full)
     with pytest.raises(OSError, match="no space"):
         train("sft", steps=5, checkpoint=path, save_every=0)
     assert path.read_bytes() == before, "the old checkpoint stays until the new one is complete"
+    assert list(tmp_path.iterdir()) == [path], "and the half of a new one is removed"
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    train("sft", steps=3, checkpoint=path, save_every=0)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="checkpoint.pt: damaged"):
+        train("sft", steps=5, checkpoint=path, save_every=0)
 
 
 # ----------------------------------------------------------------------------- students

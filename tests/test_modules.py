@@ -151,7 +151,7 @@ def test_each_position_takes_modules_at_the_rate_and_by_length(n, granularities,
             p = (span[1] - span[0]) / sum(stop - start for start, stop in here)
             sigma = math.sqrt(took[start] * p * (1 - p))
             assert abs(chosen.get(span, 0) - took[start] * p) <= 5 * sigma, \
-                f"at layer {start} a module is taken in proportion to its length, but {span} was {chosen.get(span)} times"
+                f"at layer {start} modules are taken in proportion to length, but {span} was {chosen.get(span)} times"
 
 
 @pytest.mark.parametrize("rate", (0.3, 0.5))

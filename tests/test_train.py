@@ -194,6 +194,9 @@ def bad(name, edit=None, *extra, says=()):
     bad("baseline deeper than the teacher", None, "--baselines", "kd:9+1", says=["kd:9+1", "6+6 layers"]),
     bad("Theseus with unequal spans", None, "--baselines", "theseus:4+3", says=["theseus:4+3"]),
     bad("width that no head divides", None, "--d-model", "33", says=["--d-model 33"]),
+    bad("length that holds no token", None, "--max-length", "0", says=["--max-length 0"]),
+    bad("depth without a divisor", None, "--layers", "7", says=["7+7 layers", "--granularities"]),
+    bad("letters for lengths", None, "--granularities", "x", says=["--granularities", "x"]),
     bad("only --train", None, "--valid", says=["--valid"]),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, edit, extra, says):
@@ -215,6 +218,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, edit,
     assert err.count("\n") == 1 and "Traceback" not in err, f"one line on stderr, not: {err}"
     assert all(word in err for word in says), f"the line names {says}: {err}"
     assert not (tmp_path / "run").exists(), "nothing is left half-written"
+
+
+def test_resume_takes_no_other_settings(finished, capsys):
+    assert train.main(["--resume", "--out", str(finished), "--steps", "7"]) == 2
+    assert "--steps" in capsys.readouterr().err, "a changed option is refused, not silently dropped"
 
 
 def test_resume_without_a_run_is_one_line(tmp_path, capsys):
