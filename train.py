@@ -364,7 +364,9 @@ def frontier(rows, metric):
            f'<path d="M{left},{top}V{top + height}H{left + width}" fill="none" stroke="{grey}"/>',
            f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">measured speed-up</text>',
            f'<text x="14" y="{top + height / 2}" transform="rotate(-90 14 {top + height / 2})" '
-           f'text-anchor="middle">{metric}</text>']
+           f'text-anchor="middle">{metric}</text>',
+           f'<text x="{left + width}" y="{top}" text-anchor="end"><tspan fill="#1c7ed6">● one bank</tspan>'
+           f'<tspan fill="#e8590c">  ● static students</tspan></text>']
     for i in range(6):
         x, y = left + width * i / 5, top + height * (1 - i / 5)
         svg.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">'
