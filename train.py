@@ -31,10 +31,11 @@ METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": 
 BASELINES = ("sft", "kd", "pseudo", "theseus")
 
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
-TOY = dict(metric="exact", layers=6, d_model=64, vocab=200, batch_tokens=2048, teacher_steps=500, steps=400,
+TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 16 bit to pay
+           d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, steps=400,
            teacher_lr=2e-3, lr=4e-3, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
-REAL = dict(metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096, teacher_steps=2820, steps=940,
-            teacher_lr=2e-3, lr=2e-3, max_length=128, baselines="")
+REAL = dict(dtype="auto", metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
+            teacher_steps=2820, steps=940, teacher_lr=2e-3, lr=2e-3, max_length=128, baselines="")
 FINE_TUNE = dict(REAL, teacher_lr=3e-4, lr=5e-4)  # a teacher that comes with weights wants smaller steps
 
 
@@ -50,7 +51,7 @@ def parse_args(argv):
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
     p.add_argument("--seed", type=int, default=0)
     p.add_device()
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
                    help="of matrix products in training; weights are float32")
     p.add_argument("--metric", choices=METRICS)
     p.add_argument("--num-beams", type=int, default=1, help="for scoring")
