@@ -304,7 +304,8 @@ class T5(nn.Module):
         Adafactor, whose steps are relative to a parameter's size. Adam's steps have one size, the learning rate: in
         an embedding of std 1 they are small, and a logit, scaled down, moves by lr * sqrt(d_model) instead of
         lr * d_model. With std d_model**-0.5 and `scale_decoder_outputs=False` the first logits have the same
-        variance, 1, and all matrices but q are of like size, so that one learning rate suits them.
+        variance, 1, and all matrices but q are of like size, so that one learning rate suits them. It learns fast at
+        first; how well a deep encoder ends is another matter, see the README, "What did not work".
         """
         c = self.config
         std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5}
