@@ -113,7 +113,8 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.6, **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
-    targets have no noise, and matching them with noise did not help (README, "What did not work"). **loop goes to `fit`."""
+    targets have no noise, and matching them with noise did not help (README, "What did not work").
+    **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
     distilling = teacher if len(weights) > 1 else None
     bank.train(distilling is None)
