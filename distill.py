@@ -10,8 +10,6 @@ Every way of training here is the same step with more or less in it:
 
     pytest tests/test_distill.py
 """
-import copy
-import math
 import os
 import random
 import time
@@ -120,6 +118,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     bank.train(distilling is None)
 
     def step_loss(step, source, target):
+        """One draw of paths and what it costs: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
         depth = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
         paths = {stack: sample_path(depth[stack], bank.spans[stack], rate, rng) for stack in STACKS}

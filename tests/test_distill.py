@@ -22,15 +22,6 @@ START = 3  # the decoder's first token; not pad, so that no test mixes them up
 TERMS = ("ce", "logits", "hidden", "attention")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only get into each other's way on models of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(encoder=4, decoder=6, seed=0, **options):
     """A random model in which every weight matters, norms and position tables included."""
     torch.manual_seed(seed)

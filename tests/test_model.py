@@ -34,15 +34,6 @@ NAMES = ("t5_tied", "t5_gated", "t5_asymmetric")
 TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only get into each other's way on models of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def load(name="t5_tied"):
     """(model, {key: tensor}) of a fixture."""
     with np.load(FIXTURES / name / "expected.npz") as file:

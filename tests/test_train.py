@@ -10,7 +10,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import distill
@@ -27,13 +26,10 @@ BASELINES = "sft:3+3,kd:3+2,pseudo:1+1,theseus:2+3"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One thread, as these matrices are tiny, and one short round for each speed, as nobody reads these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """One short round for each speed, as nobody reads these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "speedup", functools.partial(train.speedup, tokens=2, rounds=1))
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
