@@ -10,12 +10,14 @@ Every way of training here is the same step with more or less in it:
 
     pytest tests/test_distill.py
 """
+import math
 import os
 import random
 import time
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -30,7 +32,7 @@ CE_ONLY = {"ce": 1.0}
 
 def cross_entropy(logits, targets):
     """L_ce = -1/N sum_n log p_student(y_n | y_<n, x).  logits (N, V), targets (N,) -> scalar."""
-    return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / over_processes(len(targets), logits)
 
 
 def logit_distillation(student, teacher):
@@ -39,14 +41,14 @@ def logit_distillation(student, teacher):
     The mean is over tokens: torch's "batchmean" would divide by the batch and grow with the sentences' length.
     """
     teacher, student = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) / len(student)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) / over_processes(len(student), student)
 
 
 def hidden_distillation(student, teacher, mask):
-    """L_hid = 1/N sum_n |s_n - t_n|^2 / mean_m |t_m|^2: the squared error as a share of the teacher's own size, so
-    that early layers, whose states are small, count like late ones.  Two (B, T, d_model), mask (B, T) -> scalar."""
+    """L_hid = sum_n |s_n - t_n|^2 / sum_n |t_n|^2: the squared error as a share of the teacher's own size, so that
+    early layers, whose states are small, count like late ones.  Two (B, T, d_model), mask (B, T) -> scalar."""
     student, teacher = student[mask].float(), teacher[mask].float()
-    return (student - teacher).square().sum(-1).mean() / teacher.square().sum(-1).mean()
+    return (student - teacher).square().sum() / over_processes(teacher.square().sum(), teacher)
 
 
 def attention_distillation(student, teacher, mask):
@@ -56,7 +58,22 @@ def attention_distillation(student, teacher, mask):
     probability 0 in both and add nothing; 1e-9 keeps the logarithm finite where only the student's underflows.
     """
     student, teacher = (p.transpose(1, 2)[mask].float() for p in (student, teacher))      # (N, H, K)
-    return (teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())).sum(-1).mean()
+    total = (teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())).sum()
+    return total / (over_processes(len(teacher), teacher) * teacher.size(1))
+
+
+def over_processes(x, like):
+    """The mean over all processes of a number or scalar tensor; x itself when there is one process. like: any tensor on
+    the device that computes.
+
+    Each process has its share of a batch. A loss there is its own sum over the *mean* count, so that the mean of the
+    gradients is exactly the gradient of the whole batch, however unevenly the tokens fall.
+    """
+    if not dist.is_initialized():
+        return x
+    x = torch.as_tensor(x, dtype=torch.float32, device=like.device).clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
 
 
 # ---- the step's loss
@@ -167,7 +184,7 @@ def shrink(teacher, encoder_layers, decoder_layers):
 
 # ---- the loop
 
-def pick_dtype(name, device):
+def pick_dtype(name, device, d_model):
     """"float32", "bfloat16" or "float16" -> the torch dtype; "auto" -> bfloat16 on a GPU that has it, float16 on one
     that has not, on a CPU bfloat16 where it multiplies faster, found out by trying."""
     if name != "auto":
@@ -177,20 +194,28 @@ def pick_dtype(name, device):
     if torch.device(device).type != "cpu":
         return torch.float32
 
-    def fastest(dtype):
-        x, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        return min(times)
-    return torch.bfloat16 if fastest(torch.bfloat16) < 0.7 * fastest(torch.float32) else torch.float32
+    def seconds(dtype):
+        """One product each at several numbers of rows: the 16-bit kernels are built anew for every one of them."""
+        start = time.perf_counter()
+        for rows in range(1200, 2000, 100):
+            torch.ones(rows, d_model, dtype=dtype) @ torch.ones(d_model, 4 * d_model, dtype=dtype)
+        return time.perf_counter() - start
+    return torch.bfloat16 if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else torch.float32
 
 
 def learning_rate(step, steps, peak, warmup=0.05):
     """Linear up to `peak` over the first 5 % of the steps, then linear towards 0."""
     rise = max(1, round(warmup * steps))
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def size(parameter):
+    """The root mean square of a tensor, at least 1e-3, rounded to a power of two: the scale of its learning rate.
+
+    Adafactor, section 8 (https://arxiv.org/abs/1804.04235): a step should be a share of what it moves. Adam's have one
+    size, and T5's tensors differ sixtyfold. Rounded, so that few groups of parameters do.
+    """
+    return 2.0 ** round(math.log2(max(1e-3, parameter.detach().float().square().mean().sqrt().item())))
 
 
 def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.float32, name="", log=None,
@@ -200,19 +225,29 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
     step_loss(step, source, target) -> (terms, facts): unweighted loss terms by name, and numbers to log.
     batches[k] gives step k's (source, target), so all that a step does follows from (seed, step): a run that was cut
     off goes on from its last checkpoint as if nothing had happened, bit for bit on a CPU.
-    dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`).
+    dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`)
+    as a share of each tensor's `size` at the start.
     log(record) receives a dict every 1 % of the steps. checkpoint: a path, written every `save_every` seconds.
+    Under torchrun every process takes its share of each batch's rows; the first alone logs and writes.
     Raises FloatingPointError, naming the step and the terms, for a loss that is not finite.
     """
     parameters = list(trained.parameters())
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    state = load_checkpoint(checkpoint, name)
+    sizes = state["sizes"] if state else [size(parameter) for parameter in parameters]
+    groups = [{"params": [p for p, own in zip(parameters, sizes) if own == each], "size": each}
+              for each in sorted(set(sizes))]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    first = load_checkpoint(checkpoint, name, trained, optimizer, scaler)
+    if state:
+        for part, key in ((trained, "weights"), (optimizer, "optimizer"), (scaler, "scaler")):
+            part.load_state_dict(state[key])
+    first = state["step"] if state else 0
     saved, started, tokens = time.perf_counter(), time.perf_counter(), 0
-    for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=None)):
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout
-        source, target = (ids.to(device, non_blocking=True) for ids in batches[step])
+    for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=rank > 0 or None)):
+        torch.manual_seed((seed * 1_000_003 + step) * world + rank)  # dropout
+        source, target = (ids[rank::world].to(device, non_blocking=True) for ids in batches[step])
         with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
             terms, facts = step_loss(step, source, target)
         loss = sum(weights[term] * value for term, value in terms.items())
@@ -222,46 +257,48 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
         norm = torch.zeros(())
         if loss.requires_grad:  # else no module lies on this step's paths, and nothing can learn
             scaler.scale(loss).backward()
+            if world > 1:
+                average_gradients(parameters)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
+                group["lr"] = group["size"] * learning_rate(step, steps, lr)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
         tokens += source.numel() + target.numel()
         if step == first or (step + 1) % max(1, steps // 100) == 0 or step + 1 == steps:
-            speed = tokens / (time.perf_counter() - started)
+            speed = world * tokens / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-            if log:
+            if log and rank == 0:
                 log({"stage": name, "step": step + 1, "steps": steps, "loss": loss.item(),
                      **{term: value.item() for term, value in terms.items()},
                      **{f"{term}_weighted": weights[term] * value.item() for term, value in terms.items()},
                      **facts, "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
-        if checkpoint and (time.perf_counter() - saved > save_every) and step + 1 < steps:
-            save_checkpoint(checkpoint, name, step + 1, trained, optimizer, scaler)
+        if checkpoint and rank == 0 and time.perf_counter() - saved > save_every and step + 1 < steps:
+            with new_file(checkpoint) as f:  # the old one stays until the new one is complete
+                torch.save({"stage": name, "step": step + 1, "sizes": sizes, "weights": trained.state_dict(),
+                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f)
             saved = time.perf_counter()
 
 
-def save_checkpoint(path, name, step, trained, optimizer, scaler):
-    """Write the state after `step` steps of stage `name`; the old file stays until the new one is complete."""
-    with new_file(path) as f:
-        torch.save({"stage": name, "step": step, "weights": trained.state_dict(),
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f)
+def average_gradients(parameters):
+    """Replace every gradient by its mean over all processes. All of them draw the same paths, so a module that none of
+    these paths used has no gradient anywhere: it stays out, and AdamW leaves it alone."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not hundreds
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
-def load_checkpoint(path, name, trained, optimizer, scaler):
-    """Restore what `save_checkpoint` wrote, if it is there and of this stage. Returns the step to go on from."""
+def load_checkpoint(path, name):
+    """The dict that `fit` wrote in stage `name`, or None if there is none. Raises ValueError for a damaged file."""
     if path is None or not os.path.exists(path):
-        return 0
+        return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's parsers raise
         raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
-    if state["stage"] != name:
-        return 0
-    trained.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    return state if state["stage"] == name else None

@@ -67,7 +67,9 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         """(..., d_model) -> the same shape."""
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        y = self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        # Under autocast several matrices read y: rounded here it is rounded once, not once for each of them.
+        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
 
 
 def dropout(x, rate, training):
@@ -298,17 +300,17 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Draw the weights anew, for training from scratch with AdamW: T5's own scales but for the embedding.
+        """Draw the weights anew at T5's own scales: matrices so that variance is kept, the embedding with std 1, so that
+        a word is not drowned by the vectors of like size that the layers add to it.
 
-        T5 draws the embedding with std 1 and multiplies the output by d_model**-0.5 before the tied head, which suits
-        Adafactor, whose steps are relative to a parameter's size. Adam's steps have one size, the learning rate: in
-        an embedding of std 1 they are small, and a logit, scaled down, moves by lr * sqrt(d_model) instead of
-        lr * d_model. With std d_model**-0.5 and `scale_decoder_outputs=False` the first logits have the same
-        variance, 1, and all matrices but q are of like size, so that one learning rate suits them. It learns fast at
-        first; how well a deep encoder ends is another matter, see the README, "What did not work".
+        The scales differ by a factor of 64 (q is drawn small in place of the division by sqrt(d_kv)). That suits
+        Adafactor, T5's optimizer, whose steps are relative to a tensor's size (https://arxiv.org/abs/1804.04235,
+        section 8). Adam's have one size, the learning rate: what is right for q hardly moves the embedding, which is
+        why T5 learns slowly from scratch with plain AdamW. `distill.fit` gives each tensor a rate of its own size.
         """
         c = self.config
-        std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5}
+        std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
+               "embedding": 1.0}
         for name, weight in self.named_parameters():
             if "norm" not in name:
                 nn.init.normal_(weight, std=std.get(name.split(".")[-2], c.d_model ** -0.5))

@@ -4,6 +4,7 @@
     python train.py --train train.en train.de --valid valid.en valid.de --test test.en test.de --out runs/m30k
     python train.py --train data.tsv --valid valid.tsv --test test.tsv --teacher t5-small --prefix "summarize: "
     python train.py --resume --out runs/m30k                          # go on after an interruption
+    torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
 
 The run folder holds args.json, log.jsonl, spiece.model, teacher/, bank.safetensors, baselines/, checkpoint.pt while
 something trains, results.json and frontier.svg. `python assemble.py RUN --ratio 2` makes a model of it.
@@ -12,12 +13,14 @@ import argparse
 import ctypes
 import json
 import math
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from assemble import assemble, choose, depths, export, parameters, path_of_depth, speedup
@@ -33,9 +36,9 @@ BASELINES = ("sft", "kd", "pseudo", "theseus")
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
 TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 16 bit to pay
            d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, steps=400,
-           teacher_lr=2e-3, lr=4e-3, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
+           teacher_lr=1.5e-2, lr=3e-2, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
 REAL = dict(dtype="auto", metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
-            teacher_steps=2820, steps=940, teacher_lr=2e-3, lr=2e-3, max_length=128, baselines="")
+            teacher_steps=2820, steps=940, teacher_lr=1.5e-2, lr=1.5e-2, max_length=128, baselines="")
 FINE_TUNE = dict(REAL, teacher_lr=3e-4, lr=5e-4)  # a teacher that comes with weights wants smaller steps
 
 
@@ -98,7 +101,7 @@ def parse_args(argv):
         setattr(args, name, [str(Path(file).absolute()) for file in getattr(args, name)])
     if args.teacher and Path(args.teacher).is_dir():
         args.teacher = str(Path(args.teacher).absolute())
-    args.dtype = str(pick_dtype(args.dtype, args.device)).removeprefix("torch.")  # settled once, also for --resume
+    args.dtype = str(pick_dtype(args.dtype, args.device, args.d_model)).removeprefix("torch.")  # settled once, also for --resume
     return args
 
 
@@ -127,9 +130,15 @@ def parse_baselines(text):
 @command_line
 def main(argv):
     """Everything: prepare the data, train what is not yet trained, score it, print the table."""
+    first = join_processes()
     args = parse_args(argv)
+    if not first:  # the first process makes the run folder, the others read its settings there
+        dist.barrier()
+        args = parse_args(["--resume", "--out", str(args.out), "--device", args.device])
     pairs = read_data(args)
     teacher, tokenizer = start_run(args, pairs)
+    if first and dist.is_initialized():
+        dist.barrier()
     out, dtype = args.out, getattr(torch, args.dtype)
     log_file = open(out / "log.jsonl", "a", encoding="utf-8")
 
@@ -152,7 +161,8 @@ def main(argv):
     if not (out / "teacher").exists():
         say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")
         train_student(teacher, batches, args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
-        export(teacher, out / "spiece.model", out / "teacher")
+        if first:
+            export(teacher, out / "spiece.model", out / "teacher")
 
     bank_file = out / "bank.safetensors"
     if bank_file.exists():
@@ -161,33 +171,53 @@ def main(argv):
         bank = Bank(teacher, args.granularities and dict.fromkeys(STACKS, args.granularities), args.init)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, name="bank", **loop)
-        save_bank(bank, bank_file)
+        if first:
+            save_bank(bank, bank_file)
 
     score = Scorer(args, tokenizer, pairs, teacher)
+    baselines = {}
+    for kind, encoder, decoder in parse_baselines(args.baselines):
+        name = f"{kind} {encoder}+{decoder}"
+        baselines[name] = out / "baselines" / name.replace(" ", "-")
+        if not baselines[name].exists():
+            student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, score.valid)
+            if first:
+                baselines[name].parent.mkdir(exist_ok=True)
+                export(student, out / "spiece.model", baselines[name])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not first:
+        return
+
     score("teacher", teacher)
     for shape in study_shapes(teacher, bank):
         paths = {stack: path_of_depth(len(getattr(teacher, stack).layers), bank.spans[stack], depth)
                  for stack, depth in zip(STACKS, shape)}
         score(f"assembly {shape[0]}+{shape[1]}", assemble(teacher, bank, paths))
-    for kind, encoder, decoder in parse_baselines(args.baselines):
-        name = f"{kind} {encoder}+{decoder}"
-        if name not in score.rows:
-            folder = out / "baselines" / name.replace(" ", "-")
-            if not folder.exists():
-                student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, score.valid)
-                folder.parent.mkdir(exist_ok=True)
-                export(student, out / "spiece.model", folder)
-            score(name, load_t5(folder).to(args.device))
+    for name, folder in baselines.items():
+        score(name, load_t5(folder).to(args.device))
     with new_file(out / "frontier.svg") as f:
         f.write(frontier(score.rows, args.metric).encode())
     (out / "checkpoint.pt").unlink(missing_ok=True)
     say("\n" + table(score.rows, args.metric) + f"\n\nrun folder: {out}")
 
 
+def join_processes():
+    """Under torchrun, join the other processes, one GPU each if there are any. Returns whether this is the first: the
+    one that writes files, prints and scores."""
+    if "LOCAL_RANK" not in os.environ:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    return dist.get_rank() == 0
+
+
 def say(text):
-    """Print past the progress bars, at once."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Print past the progress bars, at once; of several processes the first."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def read_data(args):
@@ -224,7 +254,7 @@ def start_run(args, pairs):
         heads = max(4, args.d_model // 32)
         teacher = T5(T5Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, d_kv=args.d_model // heads,
                               num_heads=heads, d_ff=4 * args.d_model, num_layers=args.layers,
-                              num_decoder_layers=args.layers, scale_decoder_outputs=False))
+                              num_decoder_layers=args.layers))
     if not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
