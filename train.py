@@ -101,7 +101,6 @@ def parse_args(argv):
         setattr(args, name, [str(Path(file).absolute()) for file in getattr(args, name)])
     if args.teacher and Path(args.teacher).is_dir():
         args.teacher = str(Path(args.teacher).absolute())
-    args.dtype = str(pick_dtype(args.dtype, args.device, args.d_model)).removeprefix("torch.")  # settled once, also for --resume
     return args
 
 
@@ -256,6 +255,8 @@ def start_run(args, pairs):
                               num_heads=heads, d_ff=4 * args.d_model, num_layers=args.layers,
                               num_decoder_layers=args.layers))
     if not args.resume:
+        dtype = pick_dtype(args.dtype, args.device, teacher.config.d_model)
+        args.dtype = str(dtype).removeprefix("torch.")  # settled once, also for --resume
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
         write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")

@@ -321,16 +321,80 @@ def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
     def spy(self, *args, **kwargs):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in weights if weight.grad is not None))
-        seen.append(({id(weight) for weight in weights}, norm, self.param_groups[0]["lr"]))
+        seen.append((list(map(id, weights)), norm, [(group["lr"], group["size"]) for group in self.param_groups]))
         return step(self, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     records = []
     d.train_modules(teacher, bank, toy_batches(10), 10, lr=1e-2, weights=dict.fromkeys(TERMS, 50.0),
                     log=records.append)
-    for i, ((ids, norm, rate), record) in enumerate(zip(seen, records, strict=True)):
-        assert ids == set(map(id, bank.parameters())), "the optimizer must see exactly the bank's parameters"
+    for i, ((ids, norm, rates), record) in enumerate(zip(seen, records, strict=True)):
+        assert sorted(ids) == sorted(map(id, bank.parameters())), "the optimizer must see exactly the bank's parameters"
         assert record["grad_norm"] > 1.0 and norm == pytest.approx(1.0, abs=1e-3), "gradients are clipped to norm 1"
-        assert rate == d.learning_rate(i, 10, 1e-2) == record["lr"], "each step has the learning rate of its own place"
+        assert record["lr"] == d.learning_rate(i, 10, 1e-2), "each step has the learning rate of its own place"
+        assert all(rate == size * record["lr"] for rate, size in rates), "a tensor's rate is a share of its size"
+
+
+@pytest.mark.parametrize("values, expected", (
+    ([1.0, -1.0], 1.0), ([0.2, 0.3], 0.25), ([3.0, 4.0], 4.0), ([0.0, 0.0], 2.0 ** -10), ([1e-9], 2.0 ** -10)))
+def test_size_is_the_rms_as_a_power_of_two(values, expected):
+    assert d.size(torch.tensor(values)) == expected, f"{values}: the root mean square, at least 1e-3, as a power of two"
+
+
+def test_one_learning_rate_moves_every_tensor_by_a_like_share():
+    """What plain Adam does not do: one step of it moves an embedding of std 1 by a sixtieth of q's share."""
+    torch.manual_seed(0)
+    model = m.T5(m.T5Config(vocab_size=40, d_model=32, d_kv=32, num_heads=1, d_ff=64, num_layers=1,
+                            num_decoder_layers=1, dropout_rate=0.0))
+    start = copy_of(model)
+    assert d.size(model.embedding.weight) >= 16 * d.size(model.encoder.layers[0].self_attention.q.weight), \
+        "T5's initial sizes differ widely"
+    d.train_student(model, [(SOURCE, TARGET)], 1, lr=0.1)
+    for name, tensor in model.state_dict().items():
+        share = (tensor - start[name]).abs().max() / start[name].square().mean().sqrt()
+        assert 0.06 < share < 0.15, f"{name}: the first step of AdamW must be a tenth of its size, not {share:.3f}"
+
+
+# ---- several processes
+
+RUNS = {"teacher": dict(weights={"ce": 1.0}), "kd": dict(weights=dict.fromkeys(TERMS, 1.0)),
+        "modules": dict(weights=dict.fromkeys(TERMS, 1.0))}
+UNEVEN = [*toy_batches(3), (SOURCE, TARGET), (SOURCE[:1], TARGET[:1])]  # three rows and one: a share may be empty
+
+
+def train_all(folder, rank=None):
+    """A teacher, a KD student and a bank, five steps each, into `folder`. rank: of two processes, None for one."""
+    if rank is not None:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for name, options in RUNS.items():
+        teacher, records = tiny(dropout_rate=0.0), []
+        options = dict(options, lr=1e-2, log=records.append, checkpoint=folder / f"{name}.{rank}.pt", save_every=0.0)
+        trained = {"teacher": teacher, "kd": tiny(2, 2, seed=5, dropout_rate=0.0), "modules": make_bank(teacher)}[name]
+        if name == "modules":
+            d.train_modules(teacher, trained, UNEVEN, len(UNEVEN), **options)
+        else:
+            d.train_student(trained, UNEVEN, len(UNEVEN), teacher if name == "kd" else None, **options)
+        torch.save((trained.state_dict(), len(records)), folder / f"{name} {rank}")
+    if rank is not None:
+        torch.distributed.destroy_process_group()
+
+
+def in_two_processes(rank, folder):
+    train_all(folder, rank)
+
+
+def test_two_processes_are_one_with_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
+    train_all(tmp_path)
+    for name in RUNS:
+        weights, logs = zip(*(torch.load(tmp_path / f"{name} {rank}") for rank in (None, 0, 1)))
+        assert same(weights[1], weights[2]), f"{name}: both processes must hold the same weights, bit for bit"
+        for key, one in weights[0].items():
+            torch.testing.assert_close(weights[1][key], one, rtol=1e-5, atol=1e-5, msg=lambda text: (
+                f"{name}, {key}: two processes with half of each batch must do what one does with all of it: {text}"))
+        assert logs[0] == logs[1] > 0 == logs[2], f"{name}: the first process logs, the second does not"
+        assert (tmp_path / f"{name}.0.pt").exists() and not (tmp_path / f"{name}.1.pt").exists(), \
+            f"{name}: the first process writes the checkpoint"
 
 
 def test_gradients_do_not_pile_up():
@@ -588,10 +652,10 @@ def test_training_lowers_the_loss():
     bank = make_bank(teacher, {"encoder": [2], "decoder": [2]})
     first_last = {}
     for name, run in {
-            "SFT": lambda log: d.train_student(student, few * 12, 24, lr=2e-2, log=log),
+            "SFT": lambda log: d.train_student(student, few * 12, 24, lr=1e-1, log=log),
             "KD": lambda log: d.train_student(tiny(1, 1, seed=5), few * 12, 24, teacher=teacher, weights=d.WEIGHTS,
-                                              lr=2e-2, log=log),
-            "modules": lambda log: d.train_modules(teacher, bank, few * 12, 24, lr=2e-2, rate_start=1.0,
+                                              lr=1e-1, log=log),
+            "modules": lambda log: d.train_modules(teacher, bank, few * 12, 24, lr=1e-1, rate_start=1.0,
                                                    weights={"logits": 1.0, "hidden": 2.0}, log=log)}.items():
         records = []
         run(records.append)
@@ -746,14 +810,14 @@ def test_sixteen_bit_costs_digits_only(dtype, bound):
 
 
 def test_pick_dtype(monkeypatch):
-    assert [d.pick_dtype(name, "cpu") for name in ("float32", "bfloat16", "float16")] == \
+    assert [d.pick_dtype(name, "cpu", 64) for name in ("float32", "bfloat16", "float16")] == \
         [torch.float32, torch.bfloat16, torch.float16], "a dtype that is named is taken"
-    assert d.pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16), "a CPU has no fast float16"
-    assert d.pick_dtype("auto", "mps") is torch.float32, "elsewhere auto takes no risk"
+    assert d.pick_dtype("auto", "cpu", 64) in (torch.float32, torch.bfloat16), "a CPU has no fast float16"
+    assert d.pick_dtype("auto", "mps", 64) is torch.float32, "elsewhere auto takes no risk"
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported
                             or including_emulation)
-        assert d.pick_dtype("auto", "cuda:0") is dtype, "bfloat16 on a GPU that has it, not one that emulates it"
+        assert d.pick_dtype("auto", "cuda:0", 64) is dtype, "bfloat16 on a GPU that has it, not one that emulates it"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
