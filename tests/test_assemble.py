@@ -283,6 +283,22 @@ def test_parameters_by_hand():
 # ----------------------------------------------------------------------------- measuring
 
 
+def test_bytes_read_by_hand():
+    """d_model 16, heads 3 x 4, d_ff 32, 40 words, 8 buckets: a matrix of attention has 192 weights, 4 bytes each."""
+    attention, feed_forward, norm, table = 4 * 192, 2 * 16 * 32, 16, 8 * 3
+    encoder = 4 * (attention + feed_forward + 2 * norm) + table + norm
+    memory = 6 * 2 * 192                                       # keys and values of six cross-attentions, once
+    decoder = 6 * (2 * attention + feed_forward + 3 * norm) + table + norm - memory
+    for model, size in ((tiny(), 4), (tiny(tie_word_embeddings=False), 4), (tiny().bfloat16(), 2)):
+        assert a.bytes_read(model) == (size * (encoder + memory), size * (decoder + 40 * 16)), \
+            "once a sentence the encoder and the memory's keys and values, once a token the rest and the head"
+
+
+def test_possible_speedup_is_the_ratio_of_bytes(monkeypatch):
+    monkeypatch.setattr(a, "bytes_read", {"teacher": (100, 10), "model": (40, 1)}.get)
+    assert a.possible_speedup("teacher", "model", tokens=20) == 300 / 60, "(100 + 20 * 10) / (40 + 20 * 1)"
+
+
 def test_a_small_model_is_faster():
     teacher = tiny(12, 12)
     student = a.assemble(teacher, make_bank(teacher, {"encoder": [12], "decoder": [12]}),
