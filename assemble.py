@@ -69,7 +69,7 @@ def choose_depths(ratio, strategy, encoder, decoder):
 
 def choose(bank, teacher, ratio, strategy):
     """The assembly {"encoder": path, "decoder": path} of a ratio under a strategy. Raises as `choose_depths`."""
-    n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
+    n = teacher.depths
     pair = choose_depths(ratio, strategy, *(depths(n[stack], bank.spans[stack]) for stack in STACKS))
     return {stack: path_of_depth(n[stack], bank.spans[stack], d) for stack, d in zip(STACKS, pair)}
 
@@ -80,7 +80,7 @@ def assemble(teacher, bank, paths):
     """The plain T5 of an assembly: copies of the layers on its paths, of the embedding, the position tables, the norms
     and the head. Raises ValueError for a path that does not tile its stack."""
     for stack in STACKS:
-        check_path(paths[stack], len(getattr(teacher, stack).layers), bank.spans[stack])
+        check_path(paths[stack], teacher.depths[stack], bank.spans[stack])
     return with_layers(teacher, {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS})
 
 
@@ -183,7 +183,7 @@ def main(argv):
         reached = None
     model = assemble(teacher, bank, paths)
     layers = [len(paths[stack]) for stack in STACKS]
-    full = [len(getattr(teacher, stack).layers) for stack in STACKS]
+    full = list(teacher.depths.values())
     for stack in STACKS:
         print(f"{stack}     {','.join(str(b - a) for a, b in paths[stack])}")
     print(f"layers      {layers[0]}+{layers[1]} of {full[0]}+{full[1]}")
@@ -203,7 +203,7 @@ def main(argv):
 def choose_speedup(bank, teacher, wanted, strategy, source):
     """The assembly with the most layers, under a strategy, whose measured speed-up on `source` reaches `wanted`, and
     that speed-up. Raises ValueError, naming the largest that was reached, when none does."""
-    n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
+    n = teacher.depths
     pairs = [depths(n[stack], bank.spans[stack]) for stack in STACKS]
     totals = sorted({e + d for e in pairs[0] for d in pairs[1]}, reverse=True)
     reached = 0.0

@@ -137,8 +137,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     def step_loss(step, source, target):
         """One draw of paths and what it costs: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
-        depth = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
-        paths = {stack: sample_path(depth[stack], bank.spans[stack], rate, rng) for stack in STACKS}
+        paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
         layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}
         terms = losses(teacher, source, target, weights, distilling, layers, paths)
         return terms, {"rate": rate, **{f"rate_{s}": realised_rate(paths[s], bank.spans[s]) for s in STACKS}}
@@ -155,7 +154,7 @@ def train_student(student, batches, steps, teacher=None, seed=0, weights=CE_ONLY
     paths = None
     if teacher is not None:
         teacher.eval().requires_grad_(False)
-        paths = {s: spread(len(getattr(teacher, s).layers), len(getattr(student, s).layers)) for s in STACKS}
+        paths = {stack: spread(teacher.depths[stack], student.depths[stack]) for stack in STACKS}
     fit(student, lambda step, source, target: (losses(student, source, target, weights, teacher, paths=paths), {}),
         batches, steps, seed=seed, weights=weights, **loop)
     student.eval()

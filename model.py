@@ -318,6 +318,11 @@ class T5(nn.Module):
         if not self.embedding.weight.is_meta:  # on "meta" there are shapes alone, to be filled by a checkpoint
             self.initialise()
 
+    @property
+    def depths(self):
+        """{"encoder": number of layers, "decoder": number of layers}."""
+        return {"encoder": len(self.encoder.layers), "decoder": len(self.decoder.layers)}
+
     @torch.no_grad()
     def initialise(self):
         """Draw the weights anew at T5's own scales: matrices so that variance is kept, the embedding with std 1, so that

@@ -190,7 +190,7 @@ def main(argv):
 
     score("teacher", teacher)
     for shape in study_shapes(teacher, bank):
-        paths = {stack: path_of_depth(len(getattr(teacher, stack).layers), bank.spans[stack], depth)
+        paths = {stack: path_of_depth(teacher.depths[stack], bank.spans[stack], depth)
                  for stack, depth in zip(STACKS, shape)}
         score(f"assembly {shape[0]}+{shape[1]}", assemble(teacher, bank, paths))
     for name, folder in baselines.items():
@@ -279,7 +279,7 @@ def check_plan(args, encoder, decoder):
 def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, valid):
     """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank."""
     if kind == "theseus":
-        n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
+        n = teacher.depths
         sizes = {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in zip(STACKS, (encoder, decoder))}
         bank = Bank(teacher, sizes, args.init)
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, name=name, **loop)
@@ -318,7 +318,7 @@ def translate(model, sources, args, name):
 
 def study_shapes(teacher, bank):
     """(encoder, decoder) depths for the table: 1.1x to 6x shrinking both stacks, then one stack alone."""
-    n = [len(getattr(teacher, stack).layers) for stack in STACKS]
+    n = list(teacher.depths.values())
     possible = [depths(k, bank.spans[stack]) for k, stack in zip(n, STACKS)]
     shapes = []
     for ratio in (1.1, 1.33, 1.5, 2, 2.4, 3, 4, 6):
@@ -357,7 +357,7 @@ class Scorer:
         outputs = translate(model, self.sources, self.args, name)
         quality = METRICS[self.args.metric]([self.tokenizer.decode(ids) for ids in outputs],
                                             [target for _, target in self.pairs])
-        layers, full = [[len(getattr(m, stack).layers) for stack in STACKS] for m in (model, self.teacher)]
+        layers, full = [list(m.depths.values()) for m in (model, self.teacher)]
         source = torch.tensor([self.sources[len(self.sources) // 2]], device=self.args.device)
         base = self.rows["teacher"][self.args.metric] if self.rows else quality
         self.rows[name] = {"encoder": layers[0], "decoder": layers[1], "ratio": sum(full) / sum(layers),

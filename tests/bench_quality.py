@@ -89,7 +89,7 @@ def run(name, seed, args, tokenizer, teacher, pairs):
                   dtype=getattr(torch, args.dtype), **options)
     Bank.train(bank, False)
     sources = [source for source, _ in encode_pairs(tokenizer, pairs["valid"], args.max_length)[0]]
-    n = {stack: len(getattr(teacher, stack).layers) for stack in STACKS}
+    n = teacher.depths
     scores = {"seconds": time.time() - started}
     for depth in depths(n["encoder"], bank.spans["encoder"])[:-1]:
         if n["encoder"] % depth == 0:

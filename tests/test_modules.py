@@ -280,7 +280,7 @@ def test_rate_0_is_the_teacher_bitwise(encoder, decoder):
     for rate in (0.0, 1.0):
         layers = {}
         for stack in mod.STACKS:
-            path = mod.sample_path(len(getattr(teacher, stack).layers), bank.spans[stack], rate, rng)
+            path = mod.sample_path(teacher.depths[stack], bank.spans[stack], rate, rng)
             layers[stack] = bank.layers(teacher, stack, path)
             modules = set(getattr(bank, stack).values())
             assert {layer in modules for layer in layers[stack]} == {rate == 1.0}, \
