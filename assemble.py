@@ -1,11 +1,17 @@
 """The assembler: one bank, many models. Chooses an encoder and a decoder path and writes the plain T5 they make.
 
-    python assemble.py RUN --ratio 2                                   # half the layers, both stacks shrunk alike
-    python assemble.py RUN --ratio 2 --strategy speed-first --out DIR  # half the layers, the decoder's go first
+    python assemble.py RUN --ratio 2                                   # the best model of at most half the layers
+    python assemble.py RUN --speedup 2.5                               # the best one that runs 2.5x as fast here
+    python assemble.py RUN --params 40M --out DIR                      # the best one of 40 million parameters
+    python assemble.py RUN --list                                      # every budget worth choosing
+    python assemble.py RUN --ratio 2 --strategy speed-first            # by rule: the decoder's layers go first
     python assemble.py RUN --encoder 2,2,2,2,2,2 --decoder 6,6         # these spans, in order
-    python assemble.py RUN --speedup 2.5                               # the largest model that runs 2.5x as fast
     pytest tests/test_assemble.py
+
+A bank of a 12+12 teacher makes millions of models. The search measures each module's damage once, on a few hundred
+validation pairs, adds damages up along a path, and finds the best paths of every depth by dynamic programming.
 """
+import math
 import os
 import shutil
 import statistics
@@ -14,8 +20,11 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from model import Cache, Parser, command_line, load_t5, save_t5, write_json
+from distill import validation_loss
+from model import (Cache, Parser, command_line, load_t5, read_json, read_safetensors, save_t5, write_json,
+                   write_safetensors)
 from modules import STACKS, check_path, load_bank, path_of, with_layers
 
 STRATEGIES = ("size-first", "speed-first")
@@ -23,27 +32,43 @@ STRATEGIES = ("size-first", "speed-first")
 
 # ---- choosing a pair of paths
 
-def path_of_depth(n, spans, depth):
-    """The path of `depth` layers through a stack of n whose spans are most alike, or None if there is none.
+def best_paths(n, spans, cost, k=1):
+    """{depth: its k cheapest paths through n layers, [(cost, path), ...], cheapest first}.
 
-    Of all tilings the one with the smallest sum of squared lengths, that is the least work for the busiest module;
-    of equals the one that keeps the lower layers whole, on which all others build. By dynamic programming: best[i, d]
-    is the best path of d layers through the first i.
+    A path costs the sum of cost(span) over its spans. By dynamic programming: a path of d layers through the first
+    `stop` ends with some span (start, stop), and before that comes one of d-1 layers through the first `start`, of
+    which only the k cheapest matter. Of equals those come first that keep the lower layers whole, on which all others
+    build.
     """
-    best = {(0, 0): (0, ())}
-    for stop in range(1, n + 1):
-        for start, d in [(s, d) for s in range(stop) for d in range(depth)]:
-            if (start, d) in best and (stop - start == 1 or (start, stop) in spans):
-                cost, path = best[start, d]
-                longer = (cost + (stop - start) ** 2, path + ((start, stop),))
-                best[stop, d + 1] = min(best.get((stop, d + 1), longer), longer,
-                                        key=lambda c: (c[0], [b - a for a, b in c[1]]))
-    return list(best[n, depth][1]) if (n, depth) in best else None
+    best = [{0: [(0, ())]}] + [{} for _ in range(n)]
+    for start in range(n):
+        for span in [(start, start + 1), *(span for span in spans if span[0] == start)]:
+            for depth, paths in best[start].items():
+                longer = [(c + cost(span), path + (span,)) for c, path in paths]
+                best[span[1]][depth + 1] = sorted(best[span[1]].get(depth + 1, []) + longer, key=lambda entry: (
+                    entry[0], [b - a for a, b in entry[1]]))[:k]
+    return {depth: [(c, list(path)) for c, path in paths] for depth, paths in sorted(best[n].items())}
+
+
+def path_of_depth(n, spans, depth):
+    """The path of `depth` layers through a stack of n whose spans are most alike, or None if there is none: the one
+    with the smallest sum of squared lengths, that is the least work for the busiest module."""
+    paths = best_paths(n, spans, lambda span: (span[1] - span[0]) ** 2).get(depth)
+    return paths[0][1] if paths else None
 
 
 def depths(n, spans):
     """The numbers of layers that paths through a stack of n can have, ascending."""
-    return [d for d in range(1, n + 1) if path_of_depth(n, spans, d)]
+    return list(best_paths(n, spans, lambda span: 0))
+
+
+def count_paths(n, spans):
+    """How many paths tile a stack of n."""
+    ways = [1] + [0] * n
+    for start in range(n):
+        for span in [(start, start + 1), *(span for span in spans if span[0] == start)]:
+            ways[span[1]] += ways[start]
+    return ways[n]
 
 
 def choose_depths(ratio, strategy, encoder, decoder):
@@ -72,6 +97,83 @@ def choose(bank, teacher, ratio, strategy):
     n = teacher.depths
     pair = choose_depths(ratio, strategy, *(depths(n[stack], bank.spans[stack]) for stack in STACKS))
     return {stack: path_of_depth(n[stack], bank.spans[stack], d) for stack, d in zip(STACKS, pair)}
+
+
+# ---- searching
+
+def save_batches(batches, path):
+    """Write one epoch of (source, target) batches of token ids to one safetensors file."""
+    ids = [batches[k] for k in range(len(batches))]
+    write_safetensors({f"{name}.{k}": side for k, pair in enumerate(ids) for name, side in zip(("source", "target"), pair)},
+                      path)
+
+
+def load_batches(path):
+    """What `save_batches` wrote. Raises ValueError or OSError naming the file."""
+    tensors = read_safetensors(path)
+    try:
+        return [(tensors[f"source.{k}"], tensors[f"target.{k}"]) for k in range(len(tensors) // 2)]
+    except KeyError as name:
+        raise ValueError(f"{path}: not a file of batches: {name} is missing") from None
+
+
+def damages(teacher, bank, batches):
+    """{"encoder": {span: damage}, "decoder": ...}: by how many nats a token the validation loss of the teacher rises
+    when this module alone replaces its layers."""
+    whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
+    result = {stack: {} for stack in STACKS}
+    base = validation_loss(teacher, batches)
+    for stack in STACKS:
+        for start, stop in tqdm(bank.spans[stack], desc=f"{stack} modules", leave=False, disable=None):
+            path = whole[stack][:start] + [(start, stop)] + whole[stack][stop:]
+            layers = {**dict.fromkeys(STACKS), stack: bank.layers(teacher, stack, path)}
+            result[stack][start, stop] = validation_loss(teacher, batches, layers) - base
+    return result
+
+
+def read_damages(run, teacher, bank, batches):
+    """The damages in RUN/damage.json, which is written on first use: {"encoder": {"0-2": 0.01, ...}, "decoder": ...}."""
+    file = run / "damage.json"
+    if not file.exists():
+        write_json({stack: {f"{a}-{b}": damage for (a, b), damage in spans.items()}
+                    for stack, spans in damages(teacher, bank, batches).items()}, file)
+    stored = read_json(file)
+    try:
+        return {stack: {(a, b): float(stored[stack][f"{a}-{b}"]) for a, b in bank.spans[stack]} for stack in STACKS}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
+
+
+def layer_seconds(teacher, source, tokens=24, rounds=5):
+    """(fixed, one encoder layer, one decoder layer): seconds of generating `tokens` positions for `source`, fitted to
+    the measured times of four depths. All layers of a stack have one shape, so a model's time follows from its depths."""
+    n = teacher.depths
+    shapes = [(e, d) for e in (1, n["encoder"]) for d in (1, n["decoder"])]
+    models = [with_layers(teacher, {"encoder": teacher.encoder.layers[:e], "decoder": teacher.decoder.layers[:d]})
+              for e, d in shapes]
+    times = [[seconds(model, source, tokens) for model in models] for _ in range(rounds + 1)][1:]
+    median = torch.tensor(times, dtype=torch.float64).median(0).values
+    return torch.linalg.lstsq(torch.tensor([(1.0, e, d) for e, d in shapes], dtype=torch.float64), median,
+                              driver="gelsd").solution.tolist()
+
+
+def candidates(teacher, bank, damage, allowed, k):
+    """The k assemblies of least estimated damage among those whose depths allowed(e, d) holds for: [(damage, {"encoder":
+    path, "decoder": path}), ...], least first. The estimate adds up damages, so the optimum over both stacks is exact."""
+    options = {stack: best_paths(teacher.depths[stack], bank.spans[stack], lambda span: damage[stack].get(span, 0.0), k)
+               for stack in STACKS}
+    pairs = [(a + b, {"encoder": first, "decoder": second})
+             for e, encoders in options["encoder"].items() for d, decoders in options["decoder"].items() if allowed(e, d)
+             for a, first in encoders for b, second in decoders]
+    return sorted(pairs, key=lambda pair: pair[0])[:k]
+
+
+def search(teacher, bank, damage, allowed, batches, k=8):
+    """The best assembly under a budget: of the k with the least estimated damage, the one with the least validation
+    loss; None if no depths are allowed."""
+    return min((paths for _, paths in candidates(teacher, bank, damage, allowed, k)), default=None,
+               key=lambda paths: validation_loss(teacher, batches, {
+                   stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}))
 
 
 # ---- building, measuring, writing
@@ -149,45 +251,74 @@ def export(model, tokenizer_file, folder):
 
 @command_line
 def main(argv):
-    """Choose, build, report and write one assembly."""
+    """Choose, build, report and write one assembly, or list what there is."""
     parser = Parser(description="Assemble a smaller T5 from a run of train.py.")
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--ratio", type=float, help="compression ratio: the teacher's layers / the assembly's")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="size-first", help="which layers go first")
-    parser.add_argument("--speedup", type=float, help="the largest model at least this many times as fast, measured")
+    parser.add_argument("--speedup", type=float, help="at least this many times as fast as the teacher, on this device")
+    parser.add_argument("--params", type=count, help="at most so many parameters, such as 40M")
     parser.add_argument("--encoder", help="span lengths, such as 2,2,1,1,6")
     parser.add_argument("--decoder", help="span lengths")
+    parser.add_argument("--list", action="store_true", help="the best assembly for every budget, by estimate")
+    parser.add_argument("--strategy", choices=("search", *STRATEGIES), default="search",
+                        help="the best of all assemblies, or by rule which layers go first")
     parser.add_argument("--out", type=Path, help="write the model to this folder")
     parser.add_argument("--batch-size", type=int, default=1, help="sentences a batch when measuring speed")
     parser.add_device()
     args = parser.parse_args(argv)
-    if sum([args.ratio is not None, args.speedup is not None, bool(args.encoder or args.decoder)]) != 1:
-        raise ValueError("give one of --ratio, --speedup, or --encoder with --decoder")
-    if args.out and args.out.exists():
-        raise ValueError(f"{args.out}: is there already: choose another --out, or remove it")
+    budgets = [args.ratio is not None, args.speedup is not None, args.params is not None]
+    if sum([*budgets, bool(args.encoder or args.decoder), args.list]) != 1:
+        raise ValueError("give one of --ratio, --speedup, --params, --list, or --encoder with --decoder")
+    if args.params is not None and args.strategy != "search":
+        raise ValueError(f"--params goes with --strategy search, not {args.strategy}")
+    if args.out and (args.list or args.out.exists()):
+        raise ValueError(f"--out {args.out}: " + ("--list writes no model" if args.list else
+                                                  "is there already: choose another, or remove it"))
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
     teacher = load_t5(args.run / "teacher")
     bank = load_bank(args.run / "bank.safetensors", teacher).eval()
     teacher, bank = teacher.to(args.device), bank.to(args.device)
+    n, reached = teacher.depths, None
     source = torch.randint(3, teacher.config.vocab_size, (args.batch_size, 16), device=args.device)
 
-    if args.ratio is not None:
-        paths, reached = choose(bank, teacher, args.ratio, args.strategy), None
+    if args.list or args.strategy == "search" and any(budgets):
+        start, batches = time.perf_counter(), load_batches(args.run / "valid.safetensors")
+        damage = read_damages(args.run, teacher, bank, batches)
+        size, (fixed, encoder, decoder) = parameters(teacher), layer_seconds(teacher, source)
+
+        def speed(e, d):
+            return (fixed + n["encoder"] * encoder + n["decoder"] * decoder) / (fixed + e * encoder + d * decoder)
+
+        def params(e, d):
+            return size - ((n["encoder"] - e) * parameters(teacher.encoder.layers[0])
+                           + (n["decoder"] - d) * parameters(teacher.decoder.layers[0]))
+        if args.list:
+            return print_frontier(teacher, bank, damage, speed, params)
+        option, allowed = {
+            0: (f"--ratio {args.ratio}", lambda e, d: (e + d) * args.ratio <= sum(n.values())),
+            1: (f"--speedup {args.speedup}", lambda e, d: speed(e, d) >= args.speedup),
+            2: (f"--params {args.params}", lambda e, d: params(e, d) <= args.params)}[budgets.index(True)]
+        paths = search(teacher, bank, damage, allowed, batches)
+        if paths is None:
+            raise ValueError(f"{option}: no assembly of this bank is within it; --list shows what there is")
+        layers = [len(paths[stack]) for stack in STACKS]
+        print(f"search      {time.perf_counter() - start:.1f} s through {assemblies(teacher, bank):,} assemblies; predicted "
+              f"speed-up {speed(*layers):.2f}x")
+    elif args.ratio is not None:
+        paths = choose(bank, teacher, args.ratio, args.strategy)
     elif args.speedup is not None:
         paths, reached = choose_speedup(bank, teacher, args.speedup, args.strategy, source)
     else:
         if not (args.encoder and args.decoder):
             raise ValueError("--encoder and --decoder go together")
         paths = {"encoder": parse_path(args.encoder, "--encoder"), "decoder": parse_path(args.decoder, "--decoder")}
-        reached = None
     model = assemble(teacher, bank, paths)
     layers = [len(paths[stack]) for stack in STACKS]
-    full = list(teacher.depths.values())
     for stack in STACKS:
         print(f"{stack}     {','.join(str(b - a) for a, b in paths[stack])}")
-    print(f"layers      {layers[0]}+{layers[1]} of {full[0]}+{full[1]}")
-    print(f"ratio       {sum(full) / sum(layers):.2f}x")
+    print(f"layers      {layers[0]}+{layers[1]} of {n['encoder']}+{n['decoder']}")
+    print(f"ratio       {sum(n.values()) / sum(layers):.2f}x")
     print(f"parameters  {parameters(model):,} of {parameters(teacher):,}")
     reached = reached or speedup(teacher, model, source)
     print(f"speed-up    {reached:.2f}x measured, batch {args.batch_size}, {args.device}; for one sentence "
@@ -198,6 +329,33 @@ def main(argv):
         if layers[0] < layers[1]:
             print("note: transformers 5.23 sizes its generation cache by the encoder's layers and fails on a T5 with "
                   "fewer encoder than decoder layers: pass use_cache=False to its generate")
+
+
+def count(text):
+    """"40M" -> 40,000,000; "500K" and plain numbers, too."""
+    return float(text.rstrip("KMB")) * {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:], 1)
+
+
+def assemblies(teacher, bank):
+    """How many models this bank makes."""
+    return math.prod(count_paths(teacher.depths[stack], bank.spans[stack]) for stack in STACKS)
+
+
+def print_frontier(teacher, bank, damage, speed, params):
+    """Every depth that no faster one beats: a Markdown table, from the teacher to the smallest."""
+    best = [(e, d, *candidates(teacher, bank, damage, lambda *depths: depths == (e, d), 1)[0])
+            for e in depths(teacher.depths["encoder"], bank.spans["encoder"])
+            for d in depths(teacher.depths["decoder"], bank.spans["decoder"])]
+    print(f"{assemblies(teacher, bank):,} assemblies; worth choosing, by estimated damage in nats a token:\n\n"
+          "| layers | ratio | parameters | predicted speed-up | damage | encoder | decoder |\n|---|---:|---:|---:|---:|---|---|")
+    least, rows = math.inf, []
+    for e, d, estimate, paths in sorted(best, key=lambda row: (-speed(*row[:2]), row[2])):
+        if estimate < least:  # slower than all before it, so it must be better
+            least = estimate
+            spans = " | ".join(",".join(str(b - a) for a, b in paths[stack]) for stack in STACKS)
+            rows.append(f"| {e}+{d} | {sum(teacher.depths.values()) / (e + d):.2f}x | {params(e, d):,} | "
+                        f"{speed(e, d):.2f}x | {estimate:.3f} | {spans} |")
+    print("\n".join(rows[::-1]))
 
 
 def choose_speedup(bank, teacher, wanted, strategy, source):

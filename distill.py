@@ -123,6 +123,15 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
     return {term: value for term, value in terms.items() if term in weights}
 
 
+@torch.no_grad()
+def validation_loss(model, batches, layers=None):
+    """Cross-entropy of some (source, target) batches, in nats a token: has it converged, does it overfit, what does a
+    module cost? layers as in `losses`."""
+    device = model.embedding.weight.device
+    return sum(losses(model, source.to(device), target.to(device), CE_ONLY, layers=layers)["ce"].item()
+               for source, target in batches) / len(batches)
+
+
 # ---- the two kinds of training
 
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.6, **loop):

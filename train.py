@@ -6,7 +6,7 @@
     python train.py --resume --out runs/m30k                          # go on after an interruption
     torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
 
-The run folder holds args.json, log.jsonl, spiece.model, teacher/, bank.safetensors, baselines/, checkpoint.pt while
+The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/, checkpoint.pt while
 something trains, results.json and frontier.svg. `python assemble.py RUN --ratio 2` makes a model of it.
 """
 import argparse
@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from assemble import assemble, choose, depths, export, parameters, path_of_depth, speedup
+from assemble import assemble, choose, depths, export, parameters, path_of_depth, save_batches, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
-from distill import CE_ONLY, WEIGHTS, losses, pick_dtype, shrink, train_modules, train_student
+from distill import CE_ONLY, WEIGHTS, pick_dtype, shrink, train_modules, train_student, validation_loss
 from model import T5, Parser, T5Config, command_line, find_t5, load_t5, new_file, read_json, write_json
 from modules import STACKS, Bank, divisors, load_bank, module_spans, save_bank
 
@@ -39,6 +39,7 @@ TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 
            teacher_lr=1.5e-2, lr=3e-2, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
 REAL = dict(dtype="auto", metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
             teacher_steps=2820, steps=940, teacher_lr=1.5e-2, lr=1.5e-2, max_length=128, baselines="")
+PROBE = 300  # validation pairs on which `assemble.py --strategy search` measures the modules
 FINE_TUNE = dict(REAL, teacher_lr=3e-4, lr=5e-4)  # a teacher that comes with weights wants smaller steps
 
 
@@ -259,6 +260,8 @@ def start_run(args, pairs):
         args.dtype = str(dtype).removeprefix("torch.")  # settled once, also for --resume
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
+        probe = encode_pairs(tokenizer, pairs["valid"][:PROBE], args.max_length)[0]
+        save_batches(Batches(probe, args.batch_tokens, tokenizer.pad_id, seed=0), out / "valid.safetensors")
         write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")
     return teacher, tokenizer
 
@@ -341,14 +344,12 @@ class Scorer:
             self.rows = read_json(self.file)["rows"]
         self.sources = [source for source, _ in encode_pairs(tokenizer, self.pairs, args.max_length)[0]]
         valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)[0]
-        self.valid_batches = Batches(valid, args.batch_tokens, tokenizer.pad_id, seed=0)
+        batches = Batches(valid, args.batch_tokens, tokenizer.pad_id, seed=0)
+        self.valid_batches = [batches[k] for k in range(len(batches))]
 
-    @torch.no_grad()
     def valid(self, model):
-        """Cross-entropy per batch of validation pairs, in nats a token: has it converged, does it overfit?"""
-        batches = [self.valid_batches[k] for k in range(len(self.valid_batches))]
-        return sum(losses(model.eval(), source.to(self.args.device), target.to(self.args.device), CE_ONLY)["ce"].item()
-                   for source, target in batches) / len(batches)
+        """Cross-entropy of the validation pairs, in nats a token."""
+        return validation_loss(model.eval(), self.valid_batches)
 
     def __call__(self, name, model):
         """Measure what is not measured yet: metric, size, and speed-up over the teacher at batch 1, greedy."""

@@ -351,6 +351,130 @@ def test_choose_speedup_names_the_fastest(monkeypatch):
         a.choose_speedup(make_bank(teacher), teacher, 9.0, "size-first", None)
 
 
+# ----------------------------------------------------------------------------- searching
+
+
+BATCHES = [(torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]]), torch.tensor([[11, 12, 1], [13, 1, 0]])),
+           (torch.tensor([[20, 21, 22, 23, 1]]), torch.tensor([[24, 25, 26, 1]]))]
+
+
+@pytest.mark.parametrize("n, granularities", ((1, []), (6, [2, 3]), (8, [2, 4]), (12, [3, 4, 6])))
+def test_best_paths_are_the_best_of_all(n, granularities):
+    spans, rng = mod.module_spans(n, granularities), random.Random(n)
+    price = {span: rng.random() for span in [*spans, *((i, i + 1) for i in range(n))]}
+    everything = all_paths(n, spans)
+    found = a.best_paths(n, spans, price.get, k=3)
+    assert a.count_paths(n, spans) == len(everything), "every tiling is counted once"
+    assert list(found) == sorted({len(path) for path in everything}), "every depth that a path has, ascending"
+    for depth, paths in found.items():
+        best = sorted((sum(map(price.get, path)), path) for path in everything if len(path) == depth)[:3]
+        assert [path for _, path in paths] == [path for _, path in best], f"the three cheapest paths of {depth} layers"
+        assert [cost for cost, _ in paths] == pytest.approx([cost for cost, _ in best]), "a path costs its spans' sum"
+
+
+def test_count_paths_by_hand():
+    assert a.count_paths(4, [(0, 2), (2, 4)]) == 4, "1111, 211, 112, 22"
+    assert a.count_paths(4, [(0, 2), (2, 4), (0, 4)]) == 5, "and 4"
+
+
+def test_damage_is_the_rise_of_the_loss_for_one_module():
+    teacher = tiny()
+    bank = make_bank(teacher)
+    found, base = a.damages(teacher, bank, BATCHES), distill.validation_loss(teacher, BATCHES)
+    assert {stack: sorted(spans) for stack, spans in found.items()} == \
+        {stack: sorted(bank.spans[stack]) for stack in mod.STACKS}, "every module is measured"
+    for stack, (start, stop) in (("encoder", (2, 4)), ("decoder", (0, 3)), ("decoder", (4, 6))):
+        lengths = {s: [1] * teacher.depths[s] for s in mod.STACKS}
+        lengths[stack][start:stop] = [stop - start]
+        model = a.assemble(teacher, bank, {s: mod.path_of(lengths[s]) for s in mod.STACKS})
+        rise = distill.validation_loss(model, BATCHES) - base
+        assert found[stack][start, stop] == pytest.approx(rise, abs=1e-6) and abs(rise) > 1e-4, \
+            f"{stack} {start}-{stop}: the loss of the teacher with this module alone, minus the teacher's"
+
+
+def test_damages_are_measured_once(run_folder, tmp_path, monkeypatch):
+    teacher = m.load_t5(run_folder / "teacher")
+    bank = mod.load_bank(run_folder / "bank.safetensors", teacher).eval()
+    first = a.read_damages(tmp_path, teacher, bank, BATCHES)
+    assert first == a.damages(teacher, bank, BATCHES), "what is stored is what was measured"
+    monkeypatch.setattr(a, "damages", None)
+    assert a.read_damages(tmp_path, teacher, bank, BATCHES) == first, "the second time they are read"
+    (tmp_path / "damage.json").write_text('{"encoder": {}, "decoder": {}}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"damage\.json.*remove it"):
+        a.read_damages(tmp_path, teacher, bank, BATCHES)
+
+
+def test_layer_seconds_fits_the_line(monkeypatch):
+    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 0.5 + 0.01 * model.depths["encoder"]
+                        + 0.2 * model.depths["decoder"])
+    assert a.layer_seconds(tiny(), None) == pytest.approx([0.5, 0.01, 0.2]), \
+        "a fixed part, and what each layer of either stack adds"
+
+
+def test_candidates_are_the_best_of_all_assemblies():
+    teacher, rng = tiny(), random.Random(0)
+    bank = make_bank(teacher)
+    damage = {stack: {span: rng.random() for span in bank.spans[stack]} for stack in mod.STACKS}
+    every = sorted((sum(damage["encoder"].get(span, 0) for span in e) + sum(damage["decoder"].get(span, 0) for span in d),
+                    e, d) for e in all_paths(4, bank.spans["encoder"]) for d in all_paths(6, bank.spans["decoder"])
+                   if len(e) + 2 * len(d) <= 9)
+    found = a.candidates(teacher, bank, damage, lambda e, d: e + 2 * d <= 9, 7)
+    assert [estimate for estimate, _ in found] == pytest.approx([estimate for estimate, *_ in every[:7]]), \
+        "the least sums of damages over both stacks, of all assemblies within the budget"
+    assert [(paths["encoder"], paths["decoder"]) for _, paths in found] == [tuple(entry[1:]) for entry in every[:7]]
+
+
+def test_search_scores_the_candidates_for_real():
+    teacher = tiny()
+    bank = make_bank(teacher)
+    damage = {stack: dict.fromkeys(bank.spans[stack], 0.0) for stack in mod.STACKS}  # an estimate that knows nothing
+    found = a.search(teacher, bank, damage, lambda e, d: e + d <= 5, BATCHES, k=1000)
+    loss = {str(paths): distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
+            for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 5, 1000)}
+    assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "of the candidates the one with the least loss wins"
+    assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within an impossible budget"
+
+
+@pytest.mark.parametrize("options, within", (
+    (["--ratio", "2"], lambda e, d: e + d <= 5), (["--params", "22K"], None),
+    (["--speedup", "1.5"], lambda e, d: 10 / (e + d) >= 1.5)))
+def test_search_keeps_the_budget(run_folder, tmp_path, capsys, monkeypatch, options, within):
+    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: float(sum(model.depths.values())))
+    status, out, error = command(capsys, run_folder, *options, "--out", tmp_path / "small")
+    assert (status, error) == (0, ""), error
+    model, teacher = m.load_t5(tmp_path / "small"), m.load_t5(run_folder / "teacher")
+    assert within(*model.depths.values()) if within else a.parameters(model) <= 22_000 < a.parameters(teacher)
+    words = {line.split()[0]: line for line in out.splitlines()}
+    assert " 65 assemblies" in words["search"], "5 encoder paths of 4 layers, 13 decoder paths of 6"
+    predicted, measured = (float(words[word].partition("speed-up")[2].split()[0].rstrip("x"))
+                           for word in ("search", "speed-up"))
+    assert predicted == pytest.approx(measured, abs=0.01), "the prediction is that of the model that was chosen"
+
+
+def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 1.0 + model.depths["encoder"]
+                        + 3.0 * model.depths["decoder"])
+    status, out, error = command(capsys, run_folder, "--list")
+    assert (status, error) == (0, "")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[4:]]
+    speeds, damages = [float(row[3].rstrip("x")) for row in rows], [float(row[4]) for row in rows]
+    assert speeds == sorted(speeds) and damages == sorted(damages), "faster must cost more, or it would not be listed"
+    for layers, ratio, size, speed, _, encoder, decoder in rows:
+        e, d = map(int, layers.split("+"))
+        assert (len(encoder.split(",")), len(decoder.split(","))) == (e, d) and ratio == f"{10 / (e + d):.2f}x"
+        assert float(speed.rstrip("x")) == pytest.approx(23 / (1 + e + 3 * d), abs=0.006), "by the time of layers"
+
+
+def test_a_run_without_validation_pairs(run_folder, tmp_path, capsys):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / "valid.safetensors").unlink()
+    status, _, error = command(capsys, folder, "--ratio", "2")
+    assert status == 2 and "valid.safetensors" in error and error.count("\n") == 1
+    m.write_safetensors({"source.0": torch.ones(1, 2), "source.1": torch.ones(1, 2)}, folder / "valid.safetensors")
+    status, _, error = command(capsys, folder, "--ratio", "2")
+    assert status == 2 and "valid.safetensors: not a file of batches" in error and error.count("\n") == 1
+
+
 # ----------------------------------------------------------------------------- the folder
 
 
@@ -362,6 +486,7 @@ def run_folder(tmp_path_factory):
     m.save_t5(teacher, folder / "teacher")
     mod.save_bank(make_bank(teacher, {"encoder": [2, 4], "decoder": [2, 3]}), folder / "bank.safetensors")
     data.train_tokenizer([text for pair in data.toy_corpus(100, seed=0) for text in pair], folder / "spiece.model", 60)
+    a.save_batches(BATCHES, folder / "valid.safetensors")
     return folder
 
 
@@ -434,7 +559,8 @@ def quick(monkeypatch):
 
 def test_a_good_run(run_folder, tmp_path):
     out = tmp_path / "small"
-    line = [sys.executable, str(ROOT / "assemble.py"), str(run_folder), "--ratio", "2", "--out", str(out)]
+    line = [sys.executable, str(ROOT / "assemble.py"), str(run_folder), "--ratio", "2", "--strategy", "size-first",
+            "--out", str(out)]
     run = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stderr == "", f"a good run has exit status 0 and no errors: {run.stderr}"
     words = {line.split()[0]: line for line in run.stdout.splitlines()}
@@ -458,9 +584,9 @@ def test_a_good_run(run_folder, tmp_path):
     (["--ratio", "2", "--strategy", "speed-first"], "3+2 of", False),
     (["--encoder", "1,1,2", "--decoder", "3,1,2"], "3+3 of", False),
     (["--encoder", "4", "--decoder", "1,1,1,1,1,1"], "1+6 of", True),
-    (["--speedup", "2.4"], "2+2 of", False),
+    (["--speedup", "2.4", "--strategy", "size-first"], "2+2 of", False),
     (["--speedup", "1.2", "--strategy", "speed-first"], "4+4 of", False),
-    (["--ratio", "1"], "4+6 of", True)))
+    (["--ratio", "1", "--strategy", "size-first"], "4+6 of", True)))
 def test_ways_to_choose(run_folder, tmp_path, capsys, quick, options, layers, note):
     status, out, error = command(capsys, run_folder, *options, "--out", tmp_path / "small")
     assert (status, error) == (0, ""), f"{options} is a good command line"
@@ -474,14 +600,19 @@ def test_ways_to_choose(run_folder, tmp_path, capsys, quick, options, layers, no
 def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in run_folder.iterdir())
-    status, out, _ = command(capsys, run_folder, "--ratio", "2", "--batch-size", "3")
+    status, out, _ = command(capsys, run_folder, "--ratio", "2", "--strategy", "size-first", "--batch-size", "3")
     assert status == 0 and "batch 3" in out and "written" not in out
     assert list(tmp_path.iterdir()) == [] and sorted(path.name for path in run_folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("options, words", (
-    (["--ratio", "4"], ["--ratio 4", "possible: 1.00, 1.11"]),
-    (["--ratio", "nan"], ["--ratio nan"]),
+    (["--ratio", "4", "--strategy", "size-first"], ["--ratio 4", "possible: 1.00, 1.11"]),
+    (["--ratio", "nan", "--strategy", "size-first"], ["--ratio nan"]),
+    (["--ratio", "4"], ["--ratio 4", "--list"]),
+    (["--ratio", "nan"], ["--ratio nan", "--list"]),
+    (["--params", "1K"], ["--params 1000", "--list"]),
+    (["--params", "1M", "--strategy", "size-first"], ["--params", "--strategy search"]),
+    (["--list", "--ratio", "2"], ["--list", "--ratio"]),
     (["--ratio", "2", "--speedup", "2"], ["--ratio", "--speedup", "--encoder"]),
     ([], ["--ratio", "--speedup", "--encoder"]),
     (["--encoder", "2,2"], ["--encoder", "--decoder"]),
@@ -494,7 +625,8 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--encoder", "0,2,2", "--decoder", "2,2,2"], ["(0, 0)"]),
     (["--encoder", "2;2", "--decoder", "2,2,2"], ["--encoder 2;2", "2,2,1"]),
     (["--encoder", "2,2", "--decoder", "2,,2"], ["--decoder 2,,2"]),
-    (["--speedup", "1000"], ["--speedup 1000", "3.33"]),
+    (["--speedup", "1000", "--strategy", "size-first"], ["--speedup 1000", "3.33"]),
+    (["--speedup", "1000"], ["--speedup 1000", "--list"]),
     (["--ratio", "2", "--batch-size", "0"], ["--batch-size 0"]),
     (["--ratio", "2", "--batch-size", "-1"], ["--batch-size -1"])))
 def test_bad_options(run_folder, tmp_path, capsys, quick, options, words):

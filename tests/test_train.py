@@ -4,7 +4,9 @@
 """
 import functools
 import json
+import os
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -61,11 +63,25 @@ def finished(files, tmp_path_factory):
 
 
 def test_run_folder_is_complete(finished):
-    for name in ("args.json", "log.jsonl", "spiece.model", "teacher/model.safetensors", "bank.safetensors",
-                 "results.json", "frontier.svg", "baselines/kd-3+2/config.json"):
+    for name in ("args.json", "log.jsonl", "spiece.model", "valid.safetensors", "teacher/model.safetensors",
+                 "bank.safetensors", "results.json", "frontier.svg", "baselines/kd-3+2/config.json"):
         assert (finished / name).exists(), f"a finished run holds {name}"
     assert not (finished / "checkpoint.pt").exists(), "a finished run needs no checkpoint any more"
     assert not list(finished.rglob("*.part")), "nothing half-written stays"
+
+
+def test_two_processes_make_one_run(files, tmp_path):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            str(Path(train.__file__)), *data_args(files), *SMALL, "--layers", "2", "--granularities", "2",
+            "--out", str(tmp_path / "run"), "--metric", "exact", "--baselines", "kd:1+1"]
+    run = subprocess.run(line, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("% of teacher") == 1, "the first process prints the table, the second nothing"
+    records = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(record["stage"], record["step"]) for record in records] == \
+        [(stage, step) for stage in ("teacher", "bank", "kd 1+1") for step in (1, 2, 3, 4)], "and one writes the log"
+    rows = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert {"teacher", "assembly 1+1", "kd 1+1"} < set(rows)
 
 
 def test_table_has_the_teacher_eight_assemblies_and_the_baselines(finished):
