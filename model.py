@@ -117,10 +117,11 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
-class Linear(nn.Linear):
-    """A matrix, without a bias: T5 has none."""
+class Linear(nn.Module):
+    """A matrix, without a bias: T5 has none. Its values come from `T5.initialise` or a checkpoint."""
     def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x):
         return linear(x, self.weight)
@@ -643,7 +644,7 @@ def load_t5(path):
     if embedding is not None:
         weights["shared.weight"] = embedding
     # The file decides whether the head is a tensor of its own: the flag may say one thing and the file another.
-    config.tie_word_embeddings = embedding is None or torch.equal(head, embedding)
+    config.tie_word_embeddings = embedding is None or head is embedding or torch.equal(head, embedding)
     with torch.device("meta"):  # shapes only: the file's tensors become the parameters
         model = T5(config)
     used, state = set(), {}
