@@ -1,0 +1,99 @@
+"""Is the assembler's estimate any good? Random assemblies, and the search against both rules, on validation pairs.
+
+    python train.py --out run                  # or any other run that has finished
+    python tests/bench_search.py run --random 60
+
+Prints the rank correlation (Spearman) of the estimated damage with the loss on validation pairs that the estimate has not
+seen, how far the predicted speed-ups are off, and for five budgets each rule's assembly beside the one that the search
+finds at the same predicted speed. The test pairs are not touched. Not collected by pytest.
+"""
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from assemble import (STRATEGIES, assemble, assemblies, choose, layer_seconds, load_batches, read_damages, search,
+                      speedup)
+from data import Batches, Tokenizer, encode_pairs
+from distill import validation_loss
+from model import Parser, command_line, load_t5
+from modules import STACKS, load_bank, sample_path
+from train import METRICS, PROBE, keep_heap, parse_args, read_data, translate
+
+
+def spearman(x, y):
+    """The correlation of the ranks of two sequences."""
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+    return np.corrcoef(*ranks)[0, 1]
+
+
+@command_line
+def main(argv):
+    """Print both tables."""
+    parser = Parser(description="The estimate against the truth.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--random", type=int, default=60, help="random assemblies")
+    asked = parser.parse_args(argv)
+    args = parse_args(["--resume", "--out", str(asked.run)])
+    teacher, tokenizer = load_t5(args.out / "teacher").to(args.device), Tokenizer(args.out)
+    bank = load_bank(args.out / "bank.safetensors", teacher).to(args.device).eval()
+    probe = load_batches(args.out / "valid.safetensors")
+    unseen = read_data(args)["valid"][PROBE:]
+    examples = encode_pairs(tokenizer, unseen, args.max_length)[0]
+    batches = Batches(examples, args.batch_tokens, tokenizer.pad_id, seed=0)
+    batches = [batches[k] for k in range(len(batches))]
+    start = time.perf_counter()
+    damage = read_damages(args.out, teacher, bank, probe)
+    source = torch.randint(3, teacher.config.vocab_size, (1, 16), device=args.device)
+    fixed, *each = layer_seconds(teacher, source)
+    print(f"{assemblies(teacher, bank):,} assemblies; measuring modules and layers {time.perf_counter() - start:.1f} s\n")
+
+    def speed(paths):
+        full, small = (fixed + sum(k * seconds for k, seconds in zip(depths, each)) for depths in (
+            teacher.depths.values(), (len(paths[stack]) for stack in STACKS)))
+        return full / small
+
+    def estimate(paths):
+        return sum(damage[stack].get(span, 0.0) for stack in STACKS for span in paths[stack])
+
+    def loss(paths):
+        return validation_loss(teacher, batches, {s: bank.layers(teacher, s, paths[s]) for s in STACKS})
+
+    rng, points = random.Random(0), []
+    for _ in range(asked.random):
+        rate = rng.random()  # from hardly any module to modules alone
+        paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
+        points.append((estimate(paths), loss(paths), speed(paths), paths))
+    guess, truth, *_ = zip(*points)
+    print(f"rank correlation of estimate and loss over {len(points)} random assemblies: {spearman(guess, truth):.3f}")
+    off = [abs(speed(paths) / speedup(teacher, assemble(teacher, bank, paths), source) - 1)
+           for *_, paths in points[:12]]
+    print(f"predicted speed-up off the measured one, 12 of them: median {100 * statistics.median(off):.0f} %, "
+          f"at most {100 * max(off):.0f} %\n")
+
+    def row(name, paths):
+        model = assemble(teacher, bank, paths)
+        outputs = translate(model, [source for source, _ in examples], args, name)
+        quality = METRICS[args.metric]([tokenizer.decode(ids) for ids in outputs], [target for _, target in unseen])
+        e, d = model.depths.values()
+        return f"{e}+{d} | {speed(paths):.2f}x | {loss(paths):.3f} | {quality:.1f}"
+    print(f"| rule | its layers | speed-up | loss | {args.metric} | search | speed-up | loss | {args.metric} | seconds |\n"
+          "|---|---|---:|---:|---:|---|---:|---:|---:|---:|")
+    for strategy in STRATEGIES:
+        for ratio in (1.2, 1.5, 2, 3, 4):
+            rule = choose(bank, teacher, ratio, strategy)
+            start, n = time.perf_counter(), list(teacher.depths.values())
+            found = search(teacher, bank, damage, lambda e, d: speed({"encoder": [0] * e, "decoder": [0] * d})
+                           >= speed(rule) - 1e-9, probe)
+            took = time.perf_counter() - start
+            print(f"| {strategy} {ratio}x | {row('rule', rule)} | {row('search', found)} | {took:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    keep_heap()
+    sys.exit(main())
