@@ -8,7 +8,7 @@
     python assemble.py RUN --encoder 2,2,2,2,2,2 --decoder 6,6         # these spans, in order
     pytest tests/test_assemble.py
 
-A bank of a 12+12 teacher makes millions of models. The search measures each module's damage once, on a few hundred
+A bank of a 12+12 teacher makes 85,264 models. The search measures each module's damage once, on a few hundred
 validation pairs, adds damages up along a path, and finds the best paths of every depth by dynamic programming.
 """
 import math
