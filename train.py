@@ -146,7 +146,7 @@ def main(argv):
         record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}  # JSON
         log_file.write(json.dumps(record) + "\n")
         log_file.flush()
-        tenth = max(1, record["steps"] // 10)
+        tenth = 10 * max(1, record["steps"] // 100)  # as records come every hundredth
         if not sys.stderr.isatty() and (record["step"] == 1 or record["step"] % tenth == 0):  # no progress bar there
             say(f"{record['stage']}: step {record['step']} of {record['steps']}, loss {record['loss']:.3f}, "
                 f"{record['tokens_per_s']:,.0f} tokens/s")
