@@ -127,9 +127,12 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
 def validation_loss(model, batches, layers=None):
     """Cross-entropy of some (source, target) batches, in nats a token: has it converged, does it overfit, what does a
     module cost? layers as in `losses`."""
-    device = model.embedding.weight.device
-    return sum(losses(model, source.to(device), target.to(device), CE_ONLY, layers=layers)["ce"].item()
-               for source, target in batches) / len(batches)
+    device, total, count = model.embedding.weight.device, 0.0, 0
+    for source, target in batches:
+        tokens = (target != model.config.pad_token_id).sum().item()
+        ce = losses(model, source.to(device), target.to(device), CE_ONLY, layers=layers)["ce"]
+        total, count = total + tokens * ce.item(), count + tokens
+    return total / count
 
 
 # ---- the two kinds of training
@@ -221,7 +224,7 @@ def size(parameter):
     """The root mean square of a tensor, at least 1e-3, rounded to a power of two: the scale of its learning rate.
 
     Adafactor, section 8 (https://arxiv.org/abs/1804.04235): a step should be a share of what it moves. Adam's have one
-    size, and T5's tensors differ sixtyfold. Rounded, so that few groups of parameters do.
+    size, and T5's tensors differ in theirs by sqrt(d_model d_kv). Rounded, so that few groups of parameters do.
     """
     return 2.0 ** round(math.log2(max(1e-3, parameter.detach().float().square().mean().sqrt().item())))
 
@@ -232,7 +235,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
 
     step_loss(step, source, target) -> (terms, facts): unweighted loss terms by name, and numbers to log.
     batches[k] gives step k's (source, target), so all that a step does follows from (seed, step): a run that was cut
-    off goes on from its last checkpoint as if nothing had happened, bit for bit on a CPU.
+    off goes on from its last checkpoint as if nothing had happened, bit for bit on a CPU with as many processes.
     dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`)
     as a share of each tensor's `size` at the start.
     log(record) receives a dict every 1 % of the steps. checkpoint: a path, written every `save_every` seconds.
@@ -278,12 +281,13 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
         tokens += source.numel() + target.numel()
         if step == first or (step + 1) % max(1, steps // 100) == 0 or step + 1 == steps:
             speed = world * tokens / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
+            raw = {term: over_processes(value.detach(), value).item() for term, value in terms.items()}
+            weighted = {f"{term}_weighted": weights[term] * value for term, value in raw.items()}
+            total = sum(weighted.values())
+            bar.set_postfix_str(f"loss {total:.3f}, {speed:,.0f} tokens/s", refresh=False)
             if log and rank == 0:
-                log({"stage": name, "step": step + 1, "steps": steps, "loss": loss.item(),
-                     **{term: value.item() for term, value in terms.items()},
-                     **{f"{term}_weighted": weights[term] * value.item() for term, value in terms.items()},
-                     **facts, "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
+                log({"stage": name, "step": step + 1, "steps": steps, "loss": total, **raw, **weighted, **facts,
+                     "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
         if checkpoint and rank == 0 and time.perf_counter() - saved > save_every and step + 1 < steps:
             with new_file(checkpoint) as f:  # the old one stays until the new one is complete
                 torch.save({"stage": name, "step": step + 1, "sizes": sizes, "weights": trained.state_dict(),
@@ -309,4 +313,6 @@ def load_checkpoint(path, name):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's parsers raise
         raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
+    if not {"stage", "step", "sizes", "weights", "optimizer", "scaler"} <= state.keys():
+        raise ValueError(f"{path}: of another version: remove it to begin this stage anew")
     return state if state["stage"] == name else None

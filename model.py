@@ -112,7 +112,7 @@ def linear(x, weight):
     One vector, as in every step of generating one sentence, goes through torch's matrix-vector product, which reads the
     weights at nearly the memory's speed; its general product is a quarter slower there on a CPU.
     """
-    if x.numel() == x.size(-1) and x.dtype == weight.dtype and not torch.is_grad_enabled():
+    if x.numel() == x.size(-1) and not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
@@ -326,13 +326,14 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Draw the weights anew at T5's own scales: matrices so that variance is kept, the embedding with std 1, so that
-        a word is not drowned by the vectors of like size that the layers add to it.
+        """Draw the weights anew at T5's own scales: matrices so that variance is kept, the embedding with std 1, so
+        that a word is not drowned by the vectors of like size that the layers add to it.
 
-        The scales differ by a factor of 64 (q is drawn small in place of the division by sqrt(d_kv)). That suits
-        Adafactor, T5's optimizer, whose steps are relative to a tensor's size (https://arxiv.org/abs/1804.04235,
-        section 8). Adam's have one size, the learning rate: what is right for q hardly moves the embedding, which is
-        why T5 learns slowly from scratch with plain AdamW. `distill.fit` gives each tensor a rate of its own size.
+        The scales differ by sqrt(d_model d_kv), 222 in T5-base: q is drawn small in place of the division by
+        sqrt(d_kv). That suits Adafactor, T5's optimizer, whose steps are relative to a tensor's size
+        (https://arxiv.org/abs/1804.04235, section 8). Adam's have one size, the learning rate: what is right for q
+        hardly moves the embedding, which is why T5 learns slowly from scratch with plain AdamW. `distill.fit` gives
+        each tensor a rate of its own size.
         """
         c = self.config
         std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,

@@ -6,8 +6,9 @@
     python train.py --resume --out runs/m30k                          # go on after an interruption
     torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
 
-The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/, checkpoint.pt while
-something trains, results.json and frontier.svg. `python assemble.py RUN --ratio 2` makes a model of it.
+The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/,
+checkpoint.pt while something trains, results.json and frontier.svg. `python assemble.py RUN --ratio 2` makes a model
+of it.
 """
 import argparse
 import ctypes
@@ -17,6 +18,8 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -39,8 +42,8 @@ TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 
            teacher_lr=1.5e-2, lr=3e-2, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
 REAL = dict(dtype="auto", metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
             teacher_steps=2820, steps=940, teacher_lr=1.5e-2, lr=1.5e-2, max_length=128, baselines="")
-PROBE = 300  # validation pairs on which `assemble.py --strategy search` measures the modules
-FINE_TUNE = dict(REAL, teacher_lr=3e-4, lr=5e-4)  # a teacher that comes with weights wants smaller steps
+PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
+FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
 
 
 def parse_args(argv):
@@ -63,11 +66,13 @@ def parse_args(argv):
     p.add_argument("--d-model", type=int, help="width of a teacher from scratch, a multiple of 32")
     p.add_argument("--vocab", type=int, help="pieces of a tokenizer trained on the corpus")
     p.add_argument("--max-length", type=int, help="tokens; longer sequences are cut")
-    p.add_argument("--batch-tokens", type=int, help="source and target tokens a batch, padding included")
+    p.add_argument("--batch-tokens", type=int,
+                   help="source and target tokens a batch, padding included, all processes together")
     p.add_argument("--teacher-steps", type=int, help="steps to train or fine-tune the teacher; 0 takes it as it is")
     p.add_argument("--steps", type=int, help="steps for the bank, and for each baseline")
-    p.add_argument("--teacher-lr", type=float, help="peak learning rate of the teacher")
-    p.add_argument("--lr", type=float, help="peak learning rate of the bank and the baselines")
+    p.add_argument("--teacher-lr", type=float,
+                   help="peak learning rate of the teacher, as a share of each tensor's size")
+    p.add_argument("--lr", type=float, help="the same of the bank and the baselines")
     p.add_argument("--granularities", type=span_lengths,
                    help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
     p.add_argument("--init", choices=["first", "average"], default="first", help="how a module starts from its span")
@@ -122,7 +127,7 @@ def parse_baselines(text):
         if kind not in BASELINES:
             raise ValueError(f"--baselines {part}: not one of {', '.join(BASELINES)}")
         parsed.append((kind, encoder, decoder))
-    return parsed
+    return list(dict.fromkeys(parsed))
 
 
 # ---- the recipe
@@ -130,15 +135,13 @@ def parse_baselines(text):
 @command_line
 def main(argv):
     """Everything: prepare the data, train what is not yet trained, score it, print the table."""
-    first = join_processes()
     args = parse_args(argv)
-    if not first:  # the first process makes the run folder, the others read its settings there
-        dist.barrier()
-        args = parse_args(["--resume", "--out", str(args.out), "--device", args.device])
-    pairs = read_data(args)
-    teacher, tokenizer = start_run(args, pairs)
-    if first and dist.is_initialized():
-        dist.barrier()
+    first = join_processes(args)
+    with first_goes_first(first):  # it makes the run folder, the others read its settings there
+        if not first:
+            args = parse_args(["--resume", "--out", str(args.out), "--device", args.device])
+        pairs = read_data(args)
+        teacher, tokenizer = start_run(args, pairs)
     out, dtype = args.out, getattr(torch, args.dtype)
     log_file = open(out / "log.jsonl", "a", encoding="utf-8")
 
@@ -173,6 +176,7 @@ def main(argv):
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, name="bank", **loop)
         if first:
             save_bank(bank, bank_file)
+            (out / "damage.json").unlink(missing_ok=True)  # of an older bank
 
     score = Scorer(args, tokenizer, pairs, teacher)
     baselines = {}
@@ -202,15 +206,38 @@ def main(argv):
     say("\n" + table(score.rows, args.metric) + f"\n\nrun folder: {out}")
 
 
-def join_processes():
-    """Under torchrun, join the other processes, one GPU each if there are any. Returns whether this is the first: the
-    one that writes files, prints and scores."""
+def join_processes(args):
+    """Under torchrun, join the other processes, one GPU each unless on the CPU. Returns whether this is the first: the
+    one that writes files, prints and scores. Raises ValueError if there are fewer GPUs than processes."""
     if "LOCAL_RANK" not in os.environ:
         return True
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    cuda, mine = args.device.startswith("cuda"), int(os.environ["LOCAL_RANK"])
+    if cuda:
+        if mine >= torch.cuda.device_count():
+            raise ValueError(f"process {mine + 1} of this machine has no GPU of its own: there are "
+                             f"{torch.cuda.device_count()}")
+        torch.cuda.set_device(mine)
+        args.device = f"cuda:{mine}"
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # a tokenizer may take its time
     return dist.get_rank() == 0
+
+
+@contextmanager
+def first_goes_first(first):
+    """The first process runs the block before the others. If it fails there it says why, and they end in silence."""
+    failed = [True]
+    if first:
+        try:
+            yield
+            failed = [False]
+        finally:
+            if dist.is_initialized():
+                dist.broadcast_object_list(failed)
+    else:
+        dist.broadcast_object_list(failed)
+        if failed[0]:
+            sys.exit(2)
+        yield
 
 
 def say(text):
@@ -260,9 +287,11 @@ def start_run(args, pairs):
         args.dtype = str(dtype).removeprefix("torch.")  # settled once, also for --resume
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
-        probe = encode_pairs(tokenizer, pairs["valid"][:PROBE], args.max_length)[0]
-        save_batches(Batches(probe, args.batch_tokens, tokenizer.pad_id, seed=0), out / "valid.safetensors")
         write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")
+    if not (out / "valid.safetensors").exists():
+        probe = pairs["valid"][::-(-len(pairs["valid"]) // PROBE)]  # evenly spaced: a file may be sorted
+        save_batches(Batches(encode_pairs(tokenizer, probe, args.max_length)[0], args.batch_tokens, tokenizer.pad_id,
+                             seed=0), out / "valid.safetensors")
     return teacher, tokenizer
 
 
@@ -300,7 +329,12 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
 def relabel(teacher, batches, args):
     """The same sources with the teacher's outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947)."""
     sources = [source for source, _ in batches.examples]
-    targets, eos = translate(teacher, sources, args, "pseudo-labels"), teacher.config.eos_token_id
+    shared, eos = [None], teacher.config.eos_token_id
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shared = [translate(teacher, sources, args, "pseudo-labels")]
+    if dist.is_initialized():  # one process does it for all: a near tie may fall otherwise on another device
+        dist.broadcast_object_list(shared)
+    targets = shared[0]
     targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos] for ids in targets]  # cut: ended here
     return Batches(list(zip(sources, targets)), args.batch_tokens, teacher.config.pad_token_id, args.seed)
 

@@ -51,7 +51,8 @@ def main(argv):
     damage = read_damages(args.out, teacher, bank, probe)
     source = torch.randint(3, teacher.config.vocab_size, (1, 16), device=args.device)
     fixed, *each = layer_seconds(teacher, source)
-    print(f"{assemblies(teacher, bank):,} assemblies; measuring modules and layers {time.perf_counter() - start:.1f} s\n")
+    print(f"{assemblies(teacher, bank):,} assemblies; measuring modules and layers "
+          f"{time.perf_counter() - start:.1f} s\n")
 
     def speed(paths):
         full, small = (fixed + sum(k * seconds for k, seconds in zip(depths, each)) for depths in (
@@ -82,7 +83,8 @@ def main(argv):
         quality = METRICS[args.metric]([tokenizer.decode(ids) for ids in outputs], [target for _, target in unseen])
         e, d = model.depths.values()
         return f"{e}+{d} | {speed(paths):.2f}x | {loss(paths):.3f} | {quality:.1f}"
-    print(f"| rule | its layers | speed-up | loss | {args.metric} | search | speed-up | loss | {args.metric} | seconds |\n"
+    head = f"layers | speed-up | loss | {args.metric}"
+    print(f"| rule | its {head} | the search's {head} | seconds |\n"
           "|---|---|---:|---:|---:|---|---:|---:|---:|---:|")
     for strategy in STRATEGIES:
         for ratio in (1.2, 1.5, 2, 3, 4):

@@ -299,6 +299,9 @@ def main(argv):
     parser.add_argument("--data", type=Path, help="a folder with train.en and train.de")
     parser.add_device()
     args = parser.parse_args(argv)
+    args.device = torch.device(args.device).type
+    if "padding" in args.only and not args.data:
+        raise ValueError("--only padding needs --data")
     print(f"{args.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, bandwidth "
           f"{bandwidth(args.device) / 1e9:.0f} GB/s, products " + ", ".join(
               f"{matrix_rate(args.device, dtype) / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}"

@@ -411,12 +411,29 @@ def test_layer_seconds_fits_the_line(monkeypatch):
         "a fixed part, and what each layer of either stack adds"
 
 
+def test_layer_seconds_stands_a_wrong_clock(monkeypatch):
+    rng = random.Random(0)
+    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: (1 + 0.1 * rng.random()) * (
+        0.01 + 0.002 * model.depths["encoder"] + 0.1 * model.depths["decoder"]))
+    for _ in range(20):
+        fixed, encoder, decoder = a.layer_seconds(tiny(), None)
+        assert min(fixed, encoder, decoder) >= 0, "no part of a model takes time away"
+        speed = (fixed + 4 * encoder + 6 * decoder) / (fixed + encoder + decoder)
+        assert speed == pytest.approx(0.618 / 0.112, rel=0.1), "times that are a tenth off predict to a tenth"
+
+
+def test_layer_seconds_of_single_layers(monkeypatch):
+    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 2.0)
+    assert sum(a.layer_seconds(tiny(1, 1), None)) == pytest.approx(2.0), "one depth alone tells the sum"
+
+
 def test_candidates_are_the_best_of_all_assemblies():
     teacher, rng = tiny(), random.Random(0)
     bank = make_bank(teacher)
     damage = {stack: {span: rng.random() for span in bank.spans[stack]} for stack in mod.STACKS}
-    every = sorted((sum(damage["encoder"].get(span, 0) for span in e) + sum(damage["decoder"].get(span, 0) for span in d),
-                    e, d) for e in all_paths(4, bank.spans["encoder"]) for d in all_paths(6, bank.spans["decoder"])
+    every = sorted((sum(damage["encoder"].get(span, 0) for span in e)
+                    + sum(damage["decoder"].get(span, 0) for span in d), e, d)
+                   for e in all_paths(4, bank.spans["encoder"]) for d in all_paths(6, bank.spans["decoder"])
                    if len(e) + 2 * len(d) <= 9)
     found = a.candidates(teacher, bank, damage, lambda e, d: e + 2 * d <= 9, 7)
     assert [estimate for estimate, _ in found] == pytest.approx([estimate for estimate, *_ in every[:7]]), \
@@ -431,8 +448,8 @@ def test_search_scores_the_candidates_for_real():
     found = a.search(teacher, bank, damage, lambda e, d: e + d <= 5, BATCHES, k=1000)
     loss = {str(paths): distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
             for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 5, 1000)}
-    assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "of the candidates the one with the least loss wins"
-    assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within an impossible budget"
+    assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "the candidate with the least loss wins"
+    assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within this budget"
 
 
 @pytest.mark.parametrize("options, within", (
@@ -463,13 +480,21 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
         e, d = map(int, layers.split("+"))
         assert (len(encoder.split(",")), len(decoder.split(","))) == (e, d) and ratio == f"{10 / (e + d):.2f}x"
         assert float(speed.rstrip("x")) == pytest.approx(23 / (1 + e + 3 * d), abs=0.006), "by the time of layers"
+        teacher = m.load_t5(run_folder / "teacher")
+        bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
+        paths = {stack: mod.path_of(map(int, lengths.split(",")))
+                 for stack, lengths in zip(mod.STACKS, (encoder, decoder))}
+        assert size == f"{a.parameters(a.assemble(teacher, bank, paths)):,}", "the parameters of that very assembly"
 
 
 def test_a_run_without_validation_pairs(run_folder, tmp_path, capsys):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "valid.safetensors").unlink()
     status, _, error = command(capsys, folder, "--ratio", "2")
-    assert status == 2 and "valid.safetensors" in error and error.count("\n") == 1
+    assert status == 2 and "valid.safetensors: missing" in error and error.count("\n") == 1
+    m.write_safetensors({}, folder / "valid.safetensors")
+    status, _, error = command(capsys, folder, "--ratio", "2")
+    assert status == 2 and "valid.safetensors: not a file of batches" in error and error.count("\n") == 1
     m.write_safetensors({"source.0": torch.ones(1, 2), "source.1": torch.ones(1, 2)}, folder / "valid.safetensors")
     status, _, error = command(capsys, folder, "--ratio", "2")
     assert status == 2 and "valid.safetensors: not a file of batches" in error and error.count("\n") == 1
@@ -609,8 +634,11 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--ratio", "4", "--strategy", "size-first"], ["--ratio 4", "possible: 1.00, 1.11"]),
     (["--ratio", "nan", "--strategy", "size-first"], ["--ratio nan"]),
     (["--ratio", "4"], ["--ratio 4", "--list"]),
-    (["--ratio", "nan"], ["--ratio nan", "--list"]),
+    (["--ratio", "nan"], ["--ratio nan", "above 0"]),
     (["--params", "1K"], ["--params 1000", "--list"]),
+    (["--params", "40KM"], ["--params", "40KM"]),
+    (["--ratio", "0"], ["--ratio 0", "above 0"]),
+    (["--speedup", "-1"], ["--speedup -1", "above 0"]),
     (["--params", "1M", "--strategy", "size-first"], ["--params", "--strategy search"]),
     (["--list", "--ratio", "2"], ["--list", "--ratio"]),
     (["--ratio", "2", "--speedup", "2"], ["--ratio", "--speedup", "--encoder"]),
