@@ -433,7 +433,7 @@ def frontier(rows, metric):
            f'<text x="14" y="{top + height / 2}" transform="rotate(-90 14 {top + height / 2})" '
            f'text-anchor="middle">{metric}</text>',
            f'<text x="{left + width}" y="{top}" text-anchor="end"><tspan fill="#1c7ed6">● one bank</tspan>'
-           f'<tspan fill="#e8590c">  ● static students</tspan></text>']
+           f'<tspan fill="#e8590c">&#8195;● static students</tspan></text>']
     for i in range(6):
         x, y = left + width * i / 5, top + height * (1 - i / 5)
         svg.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">'
