@@ -211,7 +211,7 @@ def replace(device, steps=10):
     def nine():
         for student in students:
             train_student(student, batches[:2], 2, teacher, weights=WEIGHTS, **loop)
-    times = alternate(device, lambda: train_modules(teacher, bank, batches, 2, **loop), nine, rounds=3)
+    times = alternate(device, lambda: train_modules(teacher, bank, batches, 2, **loop), nine, rounds=2)
     show("one bank against nine KD students, the same number of steps each", times, "≥ 3x")
 
 
