@@ -289,10 +289,15 @@ def start_run(args, pairs):
         tokenizer.save(out)
         write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")
     if not (out / "valid.safetensors").exists():
-        probe = pairs["valid"][::-(-len(pairs["valid"]) // PROBE)]  # evenly spaced: a file may be sorted
+        probe = pairs["valid"][::probe_step(pairs["valid"])]
         save_batches(Batches(encode_pairs(tokenizer, probe, args.max_length)[0], args.batch_tokens, tokenizer.pad_id,
                              seed=0), out / "valid.safetensors")
     return teacher, tokenizer
+
+
+def probe_step(valid):
+    """k: the search measures modules on every k-th validation pair, at most PROBE, as a file may be sorted."""
+    return -(-len(valid) // PROBE)
 
 
 def check_plan(args, encoder, decoder):

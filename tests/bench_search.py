@@ -3,8 +3,8 @@
     python train.py --out run                  # or any other run that has finished
     python tests/bench_search.py run --random 60
 
-Prints the rank correlation (Spearman) of the estimated damage with the loss on validation pairs that the estimate has not
-seen, how far the predicted speed-ups are off, and for five budgets each rule's assembly beside the one that the search
+Prints the rank correlation (Spearman) of the estimated damage with the loss on validation pairs that the estimate has
+not seen, how far the predicted speed-ups are off, and for five budgets each rule's assembly beside the one that the search
 finds at the same predicted speed. The test pairs are not touched. Not collected by pytest.
 """
 import random
@@ -23,7 +23,7 @@ from data import Batches, Tokenizer, encode_pairs
 from distill import validation_loss
 from model import Parser, command_line, load_t5
 from modules import STACKS, load_bank, sample_path
-from train import METRICS, PROBE, keep_heap, parse_args, read_data, translate
+from train import METRICS, keep_heap, parse_args, probe_step, read_data, translate
 
 
 def spearman(x, y):
@@ -43,7 +43,10 @@ def main(argv):
     teacher, tokenizer = load_t5(args.out / "teacher").to(args.device), Tokenizer(args.out)
     bank = load_bank(args.out / "bank.safetensors", teacher).to(args.device).eval()
     probe = load_batches(args.out / "valid.safetensors")
-    unseen = read_data(args)["valid"][PROBE:]
+    valid = read_data(args)["valid"]
+    unseen = [pair for i, pair in enumerate(valid) if i % probe_step(valid)]
+    if not unseen:
+        raise ValueError(f"{args.valid}: the search has seen all {len(valid)} pairs: none are left to judge it by")
     examples = encode_pairs(tokenizer, unseen, args.max_length)[0]
     batches = Batches(examples, args.batch_tokens, tokenizer.pad_id, seed=0)
     batches = [batches[k] for k in range(len(batches))]
