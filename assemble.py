@@ -373,7 +373,7 @@ def print_frontier(teacher, bank, damage, speed, params):
             least = estimate
             spans = " | ".join(",".join(str(b - a) for a, b in paths[stack]) for stack in STACKS)
             rows.append(f"| {e}+{d} | {sum(teacher.depths.values()) / (e + d):.2f}x | {params(e, d):,} | "
-                        f"{speed(e, d):.2f}x | {estimate:.3f} | {spans} |")
+                        f"{speed(e, d):.2f}x | {estimate:.4f} | {spans} |")
     print("\n".join(rows[::-1]))
 
 
