@@ -26,7 +26,7 @@ from tqdm import tqdm
 from distill import validation_loss
 from model import (Cache, Parser, command_line, load_t5, read_json, read_safetensors, save_t5, write_json,
                    write_safetensors)
-from modules import STACKS, check_path, load_bank, path_of, with_layers
+from modules import STACKS, check_path, load_bank, path_of, spans_from, with_layers
 
 STRATEGIES = ("size-first", "speed-first")
 
@@ -43,7 +43,7 @@ def best_paths(n, spans, cost, k=1):
     """
     best = [{0: [(0, ())]}] + [{} for _ in range(n)]
     for start in range(n):
-        for span in [(start, start + 1), *(span for span in spans if span[0] == start)]:
+        for span in spans_from(start, spans):
             for depth, paths in best[start].items():
                 longer = [(c + cost(span), path + (span,)) for c, path in paths]
                 best[span[1]][depth + 1] = sorted(best[span[1]].get(depth + 1, []) + longer, key=lambda entry: (
@@ -67,7 +67,7 @@ def count_paths(n, spans):
     """How many paths tile a stack of n."""
     ways = [1] + [0] * n
     for start in range(n):
-        for span in [(start, start + 1), *(span for span in spans if span[0] == start)]:
+        for span in spans_from(start, spans):
             ways[span[1]] += ways[start]
     return ways[n]
 
@@ -164,6 +164,23 @@ def layer_seconds(teacher, source, tokens=24, rounds=5):
     return torch.linalg.lstsq(rows, torch.ones_like(median), driver="gelsd").solution.clamp(min=0).tolist()
 
 
+def predictors(teacher, source):
+    """(speed, params): functions of (encoder layers, decoder layers) that tell a model's speed-up over the teacher on
+    `source`, from `layer_seconds`, and its number of parameters, without building it."""
+    fixed, encoder, decoder = layer_seconds(teacher, source)
+    full, n = parameters(teacher), teacher.depths
+    one = {stack: parameters(getattr(teacher, stack).layers[0]) for stack in STACKS}
+
+    def speed(e, d):
+        """The teacher's predicted time over the model's."""
+        return (fixed + n["encoder"] * encoder + n["decoder"] * decoder) / (fixed + e * encoder + d * decoder)
+
+    def params(e, d):
+        """The teacher's parameters less those of the layers that go."""
+        return full - (n["encoder"] - e) * one["encoder"] - (n["decoder"] - d) * one["decoder"]
+    return speed, params
+
+
 def candidates(teacher, bank, damage, allowed, k):
     """The k assemblies of least estimated damage, least first, among those whose depths allowed(e, d) holds for:
     [(damage, {"encoder": path, "decoder": path}), ...]. Exactly these; the estimate takes it that damages add up."""
@@ -206,6 +223,7 @@ def bytes_read(model):
     decoder and the head, which no compression of layers shrinks. For one sentence the memory's speed is the limit.
     """
     def size(*modules):
+        """Bytes of all their weights."""
         return sum(p.numel() * p.itemsize for module in modules for p in module.parameters())
     memory = size(*(matrix for layer in model.decoder.layers
                     for matrix in (layer.cross_attention.k, layer.cross_attention.v)))
@@ -260,6 +278,44 @@ def export(model, tokenizer_file, folder):
 @command_line
 def main(argv):
     """Choose, build, report and write one assembly, or list what there is."""
+    args = parse_args(argv)
+    teacher = load_t5(args.run / "teacher")
+    bank = load_bank(args.run / "bank.safetensors", teacher).eval()
+    teacher, bank = teacher.to(args.device), bank.to(args.device)
+    n, reached = teacher.depths, None
+    source = torch.randint(3, teacher.config.vocab_size, (args.batch_size, 16), device=args.device)
+    if args.encoder:
+        paths = {"encoder": parse_path(args.encoder, "--encoder"), "decoder": parse_path(args.decoder, "--decoder")}
+    elif args.list or args.strategy == "search":
+        paths = search_budget(args, teacher, bank, source)
+    elif args.ratio is not None:
+        paths = choose(bank, teacher, args.ratio, args.strategy)
+    else:
+        paths, reached = choose_speedup(bank, teacher, args.speedup, args.strategy, source)
+    if args.list:
+        return
+    model = assemble(teacher, bank, paths)
+    layers = [len(paths[stack]) for stack in STACKS]
+    for stack in STACKS:
+        print(f"{stack}     {','.join(str(b - a) for a, b in paths[stack])}")
+    print(f"layers      {layers[0]}+{layers[1]} of {n['encoder']}+{n['decoder']}")
+    print(f"ratio       {sum(n.values()) / sum(layers):.2f}x")
+    print(f"parameters  {parameters(model):,} of {parameters(teacher):,}")
+    reached = reached or speedup(teacher, model, source)
+    print(f"speed-up    {reached:.2f}x measured, batch {args.batch_size}, {args.device}; for one sentence "
+          f"{possible_speedup(teacher, model):.2f}x by the weights read")
+    if args.speedup is not None and reached < args.speedup:
+        print(f"note: less than {args.speedup:g}x this time: timings vary; ask for more to be sure")
+    if args.out:
+        export(model.cpu(), args.run / "spiece.model", args.out)
+        print(f"written to  {args.out}")
+        if layers[0] < layers[1]:
+            print("note: transformers 5.23 sizes its generation cache by the encoder's layers and fails on a T5 with "
+                  "fewer encoder than decoder layers: pass use_cache=False to its generate")
+
+
+def parse_args(argv):
+    """The command line -> argparse.Namespace. Raises ValueError for options that do not go together."""
     parser = Parser(description="Assemble a smaller T5 from a run of train.py.")
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--ratio", type=float, help="compression ratio: the teacher's layers / the assembly's; "
@@ -279,6 +335,8 @@ def main(argv):
     budgets = [args.ratio is not None, args.speedup is not None, args.params is not None]
     if sum([*budgets, bool(args.encoder or args.decoder), args.list]) != 1:
         raise ValueError("give one of --ratio, --speedup, --params, --list, or --encoder with --decoder")
+    if bool(args.encoder) != bool(args.decoder):
+        raise ValueError("--encoder and --decoder go together")
     if args.params is not None and args.strategy != "search":
         raise ValueError(f"--params goes with --strategy search, not {args.strategy}")
     if args.out and (args.list or args.out.exists()):
@@ -289,61 +347,29 @@ def main(argv):
             raise ValueError(f"--{option} {getattr(args, option)}: must be above 0")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    teacher = load_t5(args.run / "teacher")
-    bank = load_bank(args.run / "bank.safetensors", teacher).eval()
-    teacher, bank = teacher.to(args.device), bank.to(args.device)
-    n, reached = teacher.depths, None
-    source = torch.randint(3, teacher.config.vocab_size, (args.batch_size, 16), device=args.device)
+    return args
 
-    if args.list or args.strategy == "search" and any(budgets):
-        start, batches = time.perf_counter(), load_batches(args.run / "valid.safetensors")
-        damage = read_damages(args.run, teacher, bank, batches)
-        size, (fixed, encoder, decoder) = parameters(teacher), layer_seconds(teacher, source)
 
-        def speed(e, d):
-            return (fixed + n["encoder"] * encoder + n["decoder"] * decoder) / (fixed + e * encoder + d * decoder)
-
-        def params(e, d):
-            return size - ((n["encoder"] - e) * parameters(teacher.encoder.layers[0])
-                           + (n["decoder"] - d) * parameters(teacher.decoder.layers[0]))
-        if args.list:
-            return print_frontier(teacher, bank, damage, speed, params)
-        option, allowed = {
-            0: (f"--ratio {args.ratio}", lambda e, d: sum(n.values()) / (e + d) >= args.ratio - 0.005),  # as printed
-            1: (f"--speedup {args.speedup}", lambda e, d: speed(e, d) >= args.speedup),
-            2: (f"--params {args.params}", lambda e, d: params(e, d) <= args.params)}[budgets.index(True)]
-        paths = search(teacher, bank, damage, allowed, batches)
-        if paths is None:
-            raise ValueError(f"{option}: no assembly of this bank is within it; --list shows what there is")
-        layers = [len(paths[stack]) for stack in STACKS]
-        print(f"search      {time.perf_counter() - start:.1f} s through {assemblies(teacher, bank):,} assemblies; "
-              f"predicted speed-up {speed(*layers):.2f}x")
-    elif args.ratio is not None:
-        paths = choose(bank, teacher, args.ratio, args.strategy)
+def search_budget(args, teacher, bank, source):
+    """The paths of the best assembly within --ratio, --speedup or --params; for --list, the table and no paths. Raises
+    ValueError if nothing is within the budget."""
+    start, batches = time.perf_counter(), load_batches(args.run / "valid.safetensors")
+    damage, (speed, params) = read_damages(args.run, teacher, bank, batches), predictors(teacher, source)
+    if args.list:
+        return print_frontier(teacher, bank, damage, speed, params)
+    if args.ratio is not None:
+        full = sum(teacher.depths.values())
+        option, allowed = f"--ratio {args.ratio}", lambda e, d: full / (e + d) >= args.ratio - 0.005  # as it is printed
     elif args.speedup is not None:
-        paths, reached = choose_speedup(bank, teacher, args.speedup, args.strategy, source)
+        option, allowed = f"--speedup {args.speedup}", lambda e, d: speed(e, d) >= args.speedup
     else:
-        if not (args.encoder and args.decoder):
-            raise ValueError("--encoder and --decoder go together")
-        paths = {"encoder": parse_path(args.encoder, "--encoder"), "decoder": parse_path(args.decoder, "--decoder")}
-    model = assemble(teacher, bank, paths)
-    layers = [len(paths[stack]) for stack in STACKS]
-    for stack in STACKS:
-        print(f"{stack}     {','.join(str(b - a) for a, b in paths[stack])}")
-    print(f"layers      {layers[0]}+{layers[1]} of {n['encoder']}+{n['decoder']}")
-    print(f"ratio       {sum(n.values()) / sum(layers):.2f}x")
-    print(f"parameters  {parameters(model):,} of {parameters(teacher):,}")
-    reached = reached or speedup(teacher, model, source)
-    print(f"speed-up    {reached:.2f}x measured, batch {args.batch_size}, {args.device}; for one sentence "
-          f"{possible_speedup(teacher, model):.2f}x by the weights read")
-    if args.speedup is not None and reached < args.speedup:
-        print(f"note: less than {args.speedup:g}x this time: timings vary; ask for more to be sure")
-    if args.out:
-        export(model.cpu(), args.run / "spiece.model", args.out)
-        print(f"written to  {args.out}")
-        if layers[0] < layers[1]:
-            print("note: transformers 5.23 sizes its generation cache by the encoder's layers and fails on a T5 with "
-                  "fewer encoder than decoder layers: pass use_cache=False to its generate")
+        option, allowed = f"--params {args.params}", lambda e, d: params(e, d) <= args.params
+    paths = search(teacher, bank, damage, allowed, batches)
+    if paths is None:
+        raise ValueError(f"{option}: no assembly of this bank is within it; --list shows what there is")
+    print(f"search      {time.perf_counter() - start:.1f} s through {assemblies(teacher, bank):,} assemblies; "
+          f"predicted speed-up {speed(*(len(paths[stack]) for stack in STACKS)):.2f}x")
+    return paths
 
 
 def count(text):

@@ -124,6 +124,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x):
+        """(..., inputs) -> (..., outputs)."""
         return linear(x, self.weight)
 
 
@@ -748,6 +749,7 @@ def command_line(run):
     that left the finite numbers), is one line on stderr and status 2, an interrupt is 130, the rest is a bug."""
     @functools.wraps(run)
     def main(argv=None):
+        """`run`, its errors turned into an exit status."""
         try:
             run(argv)
         except (ValueError, OSError, FloatingPointError) as error:
@@ -763,6 +765,7 @@ def command_line(run):
 class Parser(argparse.ArgumentParser):
     """argparse, but for its error: a ValueError instead of several lines and an exit."""
     def error(self, message):
+        """What argparse calls for a bad option. Raises ValueError."""
         raise ValueError(message)
 
     def add_device(self):
@@ -771,6 +774,7 @@ class Parser(argparse.ArgumentParser):
 
     @staticmethod
     def device(name):
+        """A device's name, checked by putting an empty tensor there. Raises ArgumentTypeError."""
         try:
             return str(torch.empty(0, device=name).device)
         except (RuntimeError, AssertionError) as error:

@@ -40,6 +40,11 @@ def module_spans(n, granularities):
     return [(start, start + g) for g in granularities for start in range(0, n, g)]
 
 
+def spans_from(start, spans):
+    """All that a path may do at layer `start`: run the teacher's own layer, or take a module of `spans`."""
+    return [(start, start + 1), *(span for span in spans if span[0] == start)]
+
+
 def check_path(path, n, spans):
     """Raise ValueError unless `path` tiles [0, n) in order with single layers and the modules in `spans`."""
     position = 0
@@ -153,9 +158,9 @@ def sample_path(n, spans, rate, rng):
     """
     path, start = [], 0
     while start < n:
-        here = [span for span in spans if span[0] == start]
+        own, *here = spans_from(start, spans)
         take = here and rng.random() < rate
-        path.append(rng.choices(here, [b - a for a, b in here])[0] if take else (start, start + 1))
+        path.append(rng.choices(here, [b - a for a, b in here])[0] if take else own)
         start = path[-1][1]
     return path
 

@@ -146,6 +146,7 @@ def main(argv):
     log_file = open(out / "log.jsonl", "a", encoding="utf-8")
 
     def log(record):
+        """Append a record to log.jsonl; without a progress bar, print every tenth."""
         record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}  # JSON
         log_file.write(json.dumps(record) + "\n")
         log_file.flush()
@@ -189,6 +190,7 @@ def main(argv):
                 baselines[name].parent.mkdir(exist_ok=True)
                 export(student, out / "spiece.model", baselines[name])
     if dist.is_initialized():
+        dist.barrier()  # none leaves while another still talks to it
         dist.destroy_process_group()
     if not first:
         return
@@ -425,7 +427,8 @@ def frontier(rows, metric):
     left, top, width, height, grey = 60, 20, 520, 300, "#808080"
     speeds, scores = [r["speedup"] for r in rows.values()], [r[metric] for r in rows.values()]
 
-    def scale(values):  # value -> share of the axis, which starts and ends a tenth beyond the values
+    def scale(values):
+        """(low, high, value -> share of the axis) of an axis that goes a tenth beyond the values at both ends."""
         margin = 0.1 * (max(values) - min(values)) or 1.0
         low, high = min(values) - margin, max(values) + margin
         return low, high, lambda value: (value - low) / (high - low)

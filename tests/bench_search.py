@@ -4,8 +4,8 @@
     python tests/bench_search.py run --random 60
 
 Prints the rank correlation (Spearman) of the estimated damage with the loss on validation pairs that the estimate has
-not seen, how far the predicted speed-ups are off, and for five budgets each rule's assembly beside the one that the search
-finds at the same predicted speed. The test pairs are not touched. Not collected by pytest.
+not seen, how far the predicted speed-ups are off, and for five budgets each rule's assembly beside the one that the
+search finds at the same predicted speed. The test pairs are not touched. Not collected by pytest.
 """
 import random
 import statistics
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assemble import (STRATEGIES, assemble, assemblies, choose, layer_seconds, load_batches, read_damages, search,
+from assemble import (STRATEGIES, assemble, assemblies, choose, load_batches, predictors, read_damages, search,
                       speedup)
 from data import Batches, Tokenizer, encode_pairs
 from distill import validation_loss
@@ -53,14 +53,12 @@ def main(argv):
     start = time.perf_counter()
     damage = read_damages(args.out, teacher, bank, probe)
     source = torch.randint(3, teacher.config.vocab_size, (1, 16), device=args.device)
-    fixed, *each = layer_seconds(teacher, source)
+    predict, _ = predictors(teacher, source)
     print(f"{assemblies(teacher, bank):,} assemblies; measuring modules and layers "
           f"{time.perf_counter() - start:.1f} s\n")
 
     def speed(paths):
-        full, small = (fixed + sum(k * seconds for k, seconds in zip(depths, each)) for depths in (
-            teacher.depths.values(), (len(paths[stack]) for stack in STACKS)))
-        return full / small
+        return predict(*(len(paths[stack]) for stack in STACKS))
 
     def estimate(paths):
         return sum(damage[stack].get(span, 0.0) for stack in STACKS for span in paths[stack])
@@ -92,9 +90,8 @@ def main(argv):
     for strategy in STRATEGIES:
         for ratio in (1.2, 1.5, 2, 3, 4):
             rule = choose(bank, teacher, ratio, strategy)
-            start, n = time.perf_counter(), list(teacher.depths.values())
-            found = search(teacher, bank, damage, lambda e, d: speed({"encoder": [0] * e, "decoder": [0] * d})
-                           >= speed(rule) - 1e-9, probe)
+            start = time.perf_counter()
+            found = search(teacher, bank, damage, lambda e, d: predict(e, d) >= speed(rule) - 1e-9, probe)
             took = time.perf_counter() - start
             print(f"| {strategy} {ratio}x | {row('rule', rule)} | {row('search', found)} | {took:.1f} |", flush=True)
 
