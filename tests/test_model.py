@@ -77,28 +77,6 @@ def test_logits_are_hugging_faces(name):
     assert relative(logits, expected["logits"]) <= 2e-5, "the decoder or the head differs from Hugging Face's"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_greedy_ids_are_hugging_faces(name):
-    model, expected = load(name)
-    ids = model.generate(expected["input_ids"], max_new_tokens=20)
-    assert ids.tolist() == expected["greedy"].tolist(), "greedy search must choose the same ids as Hugging Face's"
-
-
-@pytest.mark.parametrize("penalty", (0.6, 1.0, 2.0))
-@pytest.mark.parametrize("name", NAMES)
-def test_beam_ids_are_hugging_faces(name, penalty):
-    model, expected = load(name)
-    ids = model.generate(expected["input_ids"], max_new_tokens=20, num_beams=4, length_penalty=penalty)
-    assert ids.tolist() == expected[f"beam4_{penalty}"].tolist(), "4 beams must find the same ids as Hugging Face's"
-
-
-def test_fixtures_tell_the_searches_apart():
-    _, expected = load("t5_tied")
-    lengths = {key: tuple((ids != 0).sum(1).tolist()) for key, ids in expected.items()
-               if key == "greedy" or key.startswith("beam")}
-    assert len(set(lengths.values())) == 4, "a fixture on which every search answers alike would test nothing"
-
-
 # ----------------------------------------------------------------------------- the parts, by hand
 
 
@@ -108,8 +86,13 @@ def test_fixtures_tell_the_searches_apart():
     # 16 exact ones, then 16 up to 128; keys to the right are masked and share bucket 0.
     (False, {0: 0, -1: 1, -15: 15, -16: 16, -32: 21, -127: 31, -128: 31, -5000: 31, 1: 0, 100: 0})])
 def test_buckets_by_hand(bidirectional, pairs):
-    buckets = m.relative_position_bucket(torch.tensor(list(pairs)), bidirectional, 32, 128)
-    assert dict(zip(pairs, buckets.tolist())) == pairs, "distance (key minus query) -> bucket, T5's section 2.1"
+    """Half of a direction's buckets hold one distance each, the others grow with its logarithm (T5, section 2.1)."""
+    buckets = m.relative_position_bucket(torch.tensor(list(pairs)), bidirectional, 32, 128).tolist()
+    stack = "encoder: 16 buckets a side, the right's from 16 on" if bidirectional else "decoder: to the right all 0"
+    for (distance, expected), found in zip(pairs.items(), buckets):
+        assert found == expected, \
+            f"a key {abs(distance)} positions {'after' if distance > 0 else 'before'} the query falls in bucket " \
+            f"{expected} of 32, not {found} ({stack}; half of a side exact, the rest log-spaced up to distance 128)"
 
 
 def test_buckets_are_hugging_faces():
@@ -137,10 +120,19 @@ def test_linear_is_one_product_for_one_vector_or_many(shape, dtype, bound):
 
 
 def test_rms_norm_by_hand():
+    """y = x / sqrt(mean(x^2) + eps) * weight: no mean is subtracted, no bias added."""
     norm = m.RMSNorm(m.T5Config(d_model=2, layer_norm_epsilon=0.0))
     norm.weight.data = torch.tensor([1.0, 2.0])
     expected = torch.tensor([3 / math.sqrt(12.5), 2 * 4 / math.sqrt(12.5)])  # mean square of 3 and 4: 12.5
-    assert torch.allclose(norm(torch.tensor([3.0, 4.0])), expected), "x / sqrt(mean(x^2)) * weight, mean not subtracted"
+    found = norm(torch.tensor([3.0, 4.0]))
+    assert torch.allclose(found, expected), \
+        f"(3, 4) over the root of its mean square, 12.5, no mean subtracted, times the weight (1, 2), is " \
+        f"{expected.tolist()}, not {found.tolist()}"
+    norm.eps = 12.5
+    assert torch.allclose(norm(torch.tensor([3.0, 4.0])), expected / math.sqrt(2)), \
+        "epsilon is added to the mean square, under the root: here it doubles what is under it"
+    rows = norm(torch.tensor([[3.0, 4.0], [30.0, 40.0]]))
+    assert torch.allclose(rows[0], expected / math.sqrt(2)), "every position has a mean of its own, over d_model alone"
 
 
 def test_rms_norm_takes_the_mean_in_float32():
@@ -151,13 +143,59 @@ def test_rms_norm_takes_the_mean_in_float32():
 
 @pytest.mark.parametrize("need_probs", (False, True))
 def test_attention_is_not_scaled(need_probs):
+    """softmax(q k^T + bias) v for every head, then the matrix o."""
     attention = m.Attention(m.T5Config(d_model=4, d_kv=4, num_heads=1))
     for linear in (attention.q, attention.k, attention.v, attention.o):
         linear.weight.data = torch.eye(4)
     x = torch.tensor([[[1.0, 0, 0, 0], [0, 2.0, 0, 0]]])
     out, _ = attention(x, *attention.keys_values(x), torch.zeros(1, 1, 2, 2), need_probs)
     share = math.exp(4) / (math.exp(4) + 1)  # second query: its score with itself is 2 * 2, not 2 * 2 / sqrt(4)
-    assert torch.allclose(out[0, 1], torch.tensor([1 - share, 2 * share, 0, 0])), "T5 does not divide by sqrt(d_kv)"
+    assert torch.allclose(out[0, 1], torch.tensor([1 - share, 2 * share, 0, 0])), \
+        "T5 does not divide scores by sqrt(d_kv): the second query's scores are 0 and 2 * 2, its output softmax(0, 4) v"
+    bias = torch.tensor([[[[0.0, 0.0], [4.0, 0.0]]]])
+    out, probs = attention(x, *attention.keys_values(x), bias, need_probs)
+    assert torch.allclose(out[0, 1], torch.tensor([0.5, 1.0, 0, 0])), \
+        "the bias is added to the scores, before the softmax: 0 + 4 and 4 + 0 share evenly"
+    assert (probs is not None) is need_probs, "the probabilities are returned if they are asked for, else None"
+
+
+def test_attention_has_heads():
+    attention = m.Attention(m.T5Config(d_model=4, d_kv=2, num_heads=2))
+    for linear in (attention.q, attention.k, attention.v, attention.o):
+        linear.weight.data = torch.eye(4)
+    x = torch.tensor([[[3.0, 0, 0, 3.0], [0, 3.0, 0, 3.0]]])
+    _, probs = attention(x, *attention.keys_values(x), torch.zeros(1, 1, 2, 2), need_probs=True)
+    share = math.exp(9) / (math.exp(9) + 1)
+    expected = torch.tensor([[[[share, 1 - share], [1 - share, share]], [[0.5, 0.5], [0.5, 0.5]]]])
+    assert torch.allclose(probs, expected), \
+        "head 0 sees numbers 0 and 1 of each word, which differ, head 1 numbers 2 and 3, which are alike: (B, H, T, K)"
+
+
+def test_attention_cache_by_hand():
+    """`append` takes the new keys and values and returns all of them so far, in order."""
+    layer, memory = tiny().decoder.layers[0], torch.randn(2, 5, 16)
+    cache = m.LayerCache(layer, memory, max_length=4)
+    keys = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)  # (B, H, T, d_kv)
+    for start, stop in ((0, 1), (1, 2), (2, 4)):
+        new = keys[:, :, start:stop], -keys[:, :, start:stop]
+        for found, all_so_far in zip(cache.append(*new), (keys[:, :, :stop], -keys[:, :, :stop])):
+            assert found.shape == all_so_far.shape and torch.equal(found, all_so_far), \
+                f"after positions {start} to {stop - 1} the cache returns all {stop} so far, each in its place"
+        assert cache.length == stop, f"positions 0 to {stop - 1} are in the cache, so the next one is {stop}"
+
+
+@torch.no_grad()
+def test_attention_with_a_cache_is_the_one_without():
+    model, x, y = tiny(), padded([[5, 6, 7, 1], [8, 1]]), padded([[2, 9, 4, 7, 5], [2, 3, 3, 6, 8]])
+    memory = model.encode(x).hidden
+    at_once = model.decode(y, memory, x != 0).hidden
+    for sizes in ([1] * 5, [2, 1, 2]):
+        cache = m.Cache(model, memory, x != 0, 5)
+        parts = [model.decode(part, None, None, cache=cache).hidden for part in y.split(sizes, dim=1)]
+        for t, (found, expected) in enumerate(zip(torch.cat(parts, 1).unbind(1), at_once.unbind(1))):
+            assert torch.allclose(found, expected, atol=1e-5), \
+                f"position {t}, with the earlier ones in the cache, must be what it is without a cache: it sees keys " \
+                f"0 to {t}, each with the position bias of its distance from {t}"
 
 
 def test_dropout_rate_and_mean():
@@ -222,9 +260,9 @@ def test_cuda_computes_what_the_cpu_does(name):
 
 
 @torch.no_grad()
-def test_fused_attention_is_the_one_with_probabilities():
-    model, expected = load("t5_gated")
-    x, y = expected["input_ids"], expected["decoder_ids"]
+def test_attention_is_the_same_with_and_without_probabilities():
+    model = tiny()
+    x, y = padded([[5, 6, 7, 8, 9, 1], [8, 9, 1]]), padded([[0, 9, 4, 7], [0, 3, 3]])
     fused, plain = model.encode(x), model.encode(x, need_probs=True)
     assert torch.allclose(fused.hidden, plain.hidden, atol=1e-5), "both branches of attention must agree (encoder)"
     out = model.decode(y, fused.hidden, x != 0)
@@ -326,6 +364,38 @@ def trimmed(rows):
     return [row[:max((i + 1 for i, token in enumerate(row) if token != 0), default=0)] for row in rows]
 
 
+def follow(model, table):
+    """Make `model` a chain of words that can be worked out on paper: after token i the next one is j with probability
+    table[i][j], whatever came before. Tokens are 0 (pad), 1 (eos), 2 (the start token) and up."""
+    probs = torch.zeros(model.config.vocab_size, model.config.vocab_size)
+    for i, row in table.items():
+        for j, p in row.items():
+            probs[i, j] = p
+
+    def decode(ids, *_, **__):
+        return m.StackOutput(F.one_hot(ids, len(probs)).float(), [], [])
+    model.decode, model.logits = decode, lambda hidden: (hidden @ probs).log().clamp(min=-1e4)
+    return model
+
+
+@pytest.mark.parametrize("penalty, n, table, ids, rule", (
+    (1.0, 6, {2: {3: 0.6, 4: 0.4}, 3: {5: 0.5, 6: 0.5}, 4: {7: 1.0}, 5: {1: 1.0}, 6: {1: 1.0}, 7: {1: 1.0}}, [4, 7, 1],
+     "two beams keep both first words, 3 and 4 (expand one start, not two equal ones): 0.4 * 1 beats 0.6 * 0.5"),
+    (0.0, 6, {2: {1: 0.4, 3: 0.6}, 3: {1: 0.5, 4: 0.5}, 4: {1: 1.0}}, [1],
+     "at penalty 0 sums of log p are compared: the empty sentence, 0.4, beats 3, 0.6 * 0.5"),
+    (1.0, 2, {2: {1: 0.4, 3: 0.6}, 3: {1: 0.3, **dict.fromkeys(range(10, 45), 0.02)}}, [3, 1],
+     "the length counts eos and not the start token: log(0.6 * 0.3) / 2 = -0.86 beats log(0.4) / 1 = -0.92"),
+    (1.0, 6, {2: {1: 0.45, 3: 0.35, 4: 0.2}, 3: dict.fromkeys(range(10, 35), 0.04), 4: {6: 1.0},
+              **dict.fromkeys([6, *range(10, 35)], {1: 1.0})}, [4, 6, 1],
+     "draw 2K candidates, as K of them may end: 1, eos, must not take the place of 4 among the K running prefixes")),
+    ids=("K prefixes", "no penalty", "the length", "2K candidates"))
+def test_beam_search_by_hand(penalty, n, table, ids, rule):
+    """Keep the K best prefixes; a finished one scores its sum of log p over length ** length_penalty."""
+    model = follow(tiny(decoder_start_token_id=2), table)
+    found = model.generate(padded([[5, 1]]), n, num_beams=2, length_penalty=penalty).tolist()
+    assert trimmed(found) == [ids], f"{rule}: {ids}, not {trimmed(found)[0]}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_cached_greedy_is_the_slow_one(name):
     model, expected = load(name)
@@ -339,7 +409,31 @@ def test_cached_beams_are_the_slow_ones(beams, penalty):
     model, expected = load("t5_gated")
     slow = [slow_search(model, row[row != 0], 9, beams, penalty) for row in expected["input_ids"]]
     fast = model.generate(expected["input_ids"], 9, num_beams=beams, length_penalty=penalty).tolist()
-    assert trimmed(fast) == trimmed(slow), "a cache and a batch may only save time"
+    assert trimmed(fast) == trimmed(slow), \
+        "a cache and a batch may only save time: row i of the cache must follow the prefix that is now beam i"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_ids_are_hugging_faces(name):
+    model, expected = load(name)
+    ids = model.generate(expected["input_ids"], max_new_tokens=20)
+    assert ids.tolist() == expected["greedy"].tolist(), "greedy search must choose the same ids as Hugging Face's"
+
+
+@pytest.mark.parametrize("penalty", (0.6, 1.0, 2.0))
+@pytest.mark.parametrize("name", NAMES)
+def test_beam_ids_are_hugging_faces(name, penalty):
+    model, expected = load(name)
+    ids = model.generate(expected["input_ids"], max_new_tokens=20, num_beams=4, length_penalty=penalty)
+    assert ids.tolist() == expected[f"beam4_{penalty}"].tolist(), \
+        f"{name}, penalty {penalty}: 4 beams must find the same ids as Hugging Face's"
+
+
+def test_fixtures_tell_the_searches_apart():
+    _, expected = load("t5_tied")
+    lengths = {key: tuple((ids != 0).sum(1).tolist()) for key, ids in expected.items()
+               if key == "greedy" or key.startswith("beam")}
+    assert len(set(lengths.values())) == 4, "a fixture on which every search answers alike would test nothing"
 
 
 @pytest.mark.parametrize("beams", (1, 4))
@@ -440,6 +534,50 @@ def test_round_trip(name, tmp_path):
     assert config["tie_word_embeddings"] is (name != "t5_gated") and config["model_type"] == "t5"
     generation = json.loads((tmp_path / "new" / "folder" / "generation_config.json").read_text(encoding="utf-8"))
     assert generation["decoder_start_token_id"] == (5 if name == "t5_asymmetric" else 0), "generation needs its start"
+
+
+@pytest.mark.parametrize("ours, theirs", (
+    ("embedding.weight", "shared.weight"), ("head.weight", "lm_head.weight"),
+    ("encoder.norm.weight", "encoder.final_layer_norm.weight"), ("encoder.positions.weight", TABLE),
+    ("decoder.positions.weight", TABLE.replace("encoder", "decoder")),
+    ("encoder.layers.1.self_norm.weight", "encoder.block.1.layer.0.layer_norm.weight"),
+    ("encoder.layers.11.self_attention.q.weight", "encoder.block.11.layer.0.SelfAttention.q.weight"),
+    ("encoder.layers.1.feed_forward_norm.weight", "encoder.block.1.layer.1.layer_norm.weight"),
+    ("encoder.layers.0.feed_forward.wi.weight", "encoder.block.0.layer.1.DenseReluDense.wi.weight"),
+    ("decoder.layers.0.self_attention.o.weight", "decoder.block.0.layer.0.SelfAttention.o.weight"),
+    ("decoder.layers.3.cross_norm.weight", "decoder.block.3.layer.1.layer_norm.weight"),
+    ("decoder.layers.3.cross_attention.v.weight", "decoder.block.3.layer.1.EncDecAttention.v.weight"),
+    ("decoder.layers.3.feed_forward_norm.weight", "decoder.block.3.layer.2.layer_norm.weight"),
+    ("decoder.layers.3.feed_forward.wi_0.weight", "decoder.block.3.layer.2.DenseReluDense.wi_0.weight")))
+def test_checkpoint_name_by_hand(ours, theirs):
+    """Sub-layers are numbered in their order; the stack's position table is a tensor of block 0 in the files."""
+    found = m.checkpoint_name(ours)
+    assert found == theirs, f"our {ours} is {theirs} in a checkpoint, not {found}: sub-layers are numbered in their " \
+        f"order (0 self, 1 cross in the decoder, then feed-forward), the stack's position table is in block 0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoint_name_of_every_parameter(name):
+    header, _, _ = header_of(FIXTURES / name / "model.safetensors")
+    with torch.device("meta"):  # shapes only
+        model = m.T5(m.read_config(FIXTURES / name / "config.json"))
+    found = {m.checkpoint_name(ours): list(weight.shape) for ours, weight in model.named_parameters()}
+    expected = {theirs: entry["shape"] for theirs, entry in header.items() if theirs != "__metadata__"}
+    for names in (found, expected):
+        names.pop("lm_head.weight", None)  # whether there is one the file decides, when it is loaded
+    assert found == expected, "our parameters are exactly the tensors of Hugging Face's file, names and shapes"
+
+
+@pytest.mark.parametrize("tied, scaled", ((True, True), (False, False), (True, False), (False, True)))
+def test_tied_head_by_hand(tied, scaled):
+    """The logits of v1.0: h d_model^-0.5 E^T, with the embedding's own matrix E, as it has no other head."""
+    model = tiny(tie_word_embeddings=tied, scale_decoder_outputs=scaled)  # d_model is 16
+    hidden = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    head = model.embedding.weight if tied else model.head.weight
+    found, expected = model.logits(hidden), hidden @ head.t() * (0.25 if scaled else 1.0)
+    assert found.shape == (2, 3, 50) and torch.allclose(found, expected, atol=1e-5), \
+        f"{'the embedding is the head' if tied else 'the head has its own matrix'}, and d_model 16 means that the " \
+        f"decoder's output is multiplied by {'16^-0.5 = 1/4 before it (a tied head needs it)' if scaled else '1'}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -554,14 +692,34 @@ def test_shards(folder, name):
     assert_same_logits(folder)
 
 
-def test_safetensors_of_every_dtype(tmp_path):
+def test_read_safetensors_by_hand(tmp_path):
+    """8 bytes of little-endian header length, the JSON header, then raw data; offsets count from the data's start."""
+    header = {"second": {"dtype": "F32", "shape": [2, 1], "data_offsets": [4, 12]}, "__metadata__": {"a": "b"},
+              "first": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}
+    header = json.dumps(header).encode()
+    data = np.array([7, 258], "<i2").tobytes() + np.array([1.5, -2.0], "<f4").tobytes()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    try:
+        tensors = m.read_safetensors(tmp_path / "file")
+    except ValueError as error:
+        pytest.fail(f"a good file: the first 8 bytes are the header's length, little-endian, the header names tensors "
+                    f"in any order, offsets count from the header's end ({error})")
+    assert sorted(tensors) == ["first", "second"], "one tensor for each name but __metadata__"
+    for name, values, dtype in (("first", [7, 258], torch.int16), ("second", [[1.5], [-2.0]], torch.float32)):
+        assert tensors[name].tolist() == values and tensors[name].dtype is dtype, \
+            f"{name} is {values} in {dtype}, not {tensors[name]}: offsets count from the header's end, bytes are " \
+            f"little-endian, dtype and shape are the header's"
+
+
+def test_read_safetensors_of_every_dtype(tmp_path):
     tensors = {str(dtype): torch.tensor([[0, 1], [2, 3]]).to(dtype) for dtype in m.DTYPES.values()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "turned": torch.arange(6.0).view(2, 3).T}
     m.write_safetensors(tensors, tmp_path / "file")
     again = m.read_safetensors(tmp_path / "file")
     assert again.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), f"{name} must come back"
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), \
+            f"{name} must come back with its type, shape and values"
 
 
 # ----------------------------------------------------------------------------- checkpoints that must be refused
@@ -645,7 +803,7 @@ def test_missing_file(folder, name):
     refused(folder, str(folder), name, error=FileNotFoundError)
 
 
-def test_truncated_safetensors(folder):
+def test_read_safetensors_truncated(folder):
     path = folder / "model.safetensors"
     raw, (_, length, size) = path.read_bytes(), header_of(path)
     for cut in (0, 5, 8, 100, 8 + length - 1, 8 + length, 8 + length + 10, size - 1):
@@ -665,7 +823,7 @@ def test_truncated_safetensors(folder):
     b'{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
     b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'))
-def test_bad_safetensors_header(folder, header):
+def test_read_safetensors_with_a_bad_header(folder, header):
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
     refused(folder, "model.safetensors", error=ValueError)
 

@@ -49,8 +49,11 @@ def test_divisors_by_hand(n, expected):
 
 
 def test_module_spans_by_hand():
+    """Each granularity g tiles the stack by itself: (0, g), (g, 2g), ... up to n, the stop not counted."""
     spans = mod.module_spans(6, [2, 3])
-    assert spans == [(0, 2), (2, 4), (4, 6), (0, 3), (3, 6)], "each granularity tiles the stack by itself"
+    assert spans == [(0, 2), (2, 4), (4, 6), (0, 3), (3, 6)], \
+        "6 layers, granularities 2 and 3: spans of each start at multiples of its length, end where the next one " \
+        f"starts, and the last one ends at 6: (0, 2), (2, 4), (4, 6), (0, 3), (3, 6), not {spans}"
     assert mod.module_spans(6, []) == [], "no granularity, no module"
     assert mod.module_spans(6, [6]) == [(0, 6)], "one module may stand for the whole stack"
 
@@ -65,11 +68,13 @@ def test_each_granularity_tiles(n):
 
 @pytest.mark.parametrize("n, g", ((6, 4), (6, 5), (6, 12), (6, 1), (6, 0), (6, -2), (7, 2)))
 def test_granularity_that_does_not_tile(n, g):
-    with pytest.raises(ValueError) as caught:
+    message, possible = "no error", {6: "[2, 3, 6]", 7: "[7]"}[n]
+    try:
         mod.module_spans(n, [g])
-    possible = {6: "[2, 3, 6]", 7: "[7]"}[n]
-    assert f"granularity {g} " in str(caught.value) and possible in str(caught.value), \
-        f"granularity {g} of {n} layers: the message must name it and list {possible}, not: {caught.value}"
+    except ValueError as error:
+        message = str(error)
+    assert f"granularity {g} " in message and possible in message, \
+        f"spans of {g} do not tile {n} layers: a ValueError must name granularity {g} and list {possible}, not: {message}"
 
 
 def test_path_of_by_hand():
@@ -216,7 +221,9 @@ def test_init_by_hand(init):
                             ("decoder", 3, 6): 5}}[init]
     for (stack, start, stop), value in expected.items():
         for name, weight in getattr(bank, stack)[f"{start}-{stop}"].named_parameters():
-            assert (weight == value).all(), f"init {init}: {name} of the module for {start}-{stop - 1} must be {value}"
+            assert (weight == value).all(), \
+                f"init {init}: layer i is full of i + 1, so {name} of the module for layers {start} to {stop - 1} must " \
+                f"be {value}, {'the mean over the span' if init == 'average' else 'a copy of the first'}, not {weight.max()}"
 
 
 @pytest.mark.parametrize("init", ("first", "average"))
@@ -258,6 +265,36 @@ def test_modules_are_layers_of_their_stack_and_copies():
     assert all((weight == i).all() for i, weight in enumerate(bank.parameters())), "two modules share a tensor"
     for name, weight in teacher.named_parameters():
         assert torch.equal(weight, before[name]), f"changing a module changed the teacher's {name}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", (True, False))
+def test_with_layers_copies_them_and_all_else(tied):
+    """A T5 of these layers, and of the teacher's embedding, head, position tables and final norms, all copied."""
+    teacher = tiny(tie_word_embeddings=tied)
+    layers = {"encoder": [teacher.encoder.layers[i] for i in (1, 3)],
+              "decoder": [teacher.decoder.layers[i] for i in (2, 0, 5)]}
+    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    model = mod.with_layers(teacher, layers)
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 3), "the config tells the new depths"
+    assert (teacher.config.num_layers, teacher.config.num_decoder_layers) == (4, 6), "the teacher's config stays"
+    for stack in mod.STACKS:
+        own, theirs = getattr(model, stack), getattr(teacher, stack)
+        for i, (layer, source) in enumerate(zip(own.layers, layers[stack], strict=True)):
+            for a, b in zip(layer.parameters(), source.parameters(), strict=True):
+                assert torch.equal(a, b), f"layer {i} of the {stack} must be a copy of the {i}th layer given, in its order"
+        assert torch.equal(own.positions.weight, theirs.positions.weight), \
+            f"the {stack}'s position table must be the teacher's, also where layer 0 is not among the layers: the stack " \
+            f"owns it"
+        assert torch.equal(own.norm.weight, theirs.norm.weight), f"the {stack}'s final norm must be the teacher's"
+    assert torch.equal(model.embedding.weight, teacher.embedding.weight), "the embedding is the teacher's"
+    assert torch.equal(model.head.weight, teacher.head.weight), "the head is the teacher's"
+    assert (model.head is model.embedding) is tied, \
+        "a tied head and the embedding stay one tensor: copy them together, or they are two that drift apart in training"
+    for weight in model.parameters():
+        weight.zero_()
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters()), \
+        "training the new model must not change the teacher: nothing is shared"
 
 
 def test_layers_are_those_the_path_names():
