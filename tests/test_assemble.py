@@ -122,8 +122,10 @@ ALL = list(range(2, 13))
     ("speed-first", 6, (2, 2)), ("size-first", 1, (12, 12)), ("speed-first", 1, (12, 12)),
     ("size-first", 24 / 13, (7, 6)), ("speed-first", 24 / 21, (12, 9))))
 def test_choose_depths_by_hand(strategy, ratio, shape):
+    """Of all depths whose sum comes nearest to (teacher's layers) / ratio, those that the strategy prefers."""
     assert a.choose_depths(ratio, strategy, ALL, ALL) == shape, \
-        f"12+12 layers at {ratio:.2f}x, {strategy}: {shape[0]}+{shape[1]}; an odd layer stays in the encoder"
+        f"12+12 layers at {ratio:.2f}x, {strategy}: {shape[0]}+{shape[1]}; size-first shrinks both stacks by one " \
+        f"share, speed-first takes the decoder's layers first, an odd layer stays in the encoder"
 
 
 @pytest.mark.parametrize("strategy, shape", (("size-first", (2, 6)), ("speed-first", (4, 4))))
@@ -360,6 +362,7 @@ BATCHES = [(torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]]), torch.tensor([[11, 12, 1
 
 @pytest.mark.parametrize("n, granularities", ((1, []), (6, [2, 3]), (8, [2, 4]), (12, [3, 4, 6])))
 def test_best_paths_are_the_best_of_all(n, granularities):
+    """{depth: its k cheapest paths}; all paths are tried one by one here, dynamic programming finds the same."""
     spans, rng = mod.module_spans(n, granularities), random.Random(n)
     price = {span: rng.random() for span in [*spans, *((i, i + 1) for i in range(n))]}
     everything = all_paths(n, spans)
@@ -368,8 +371,9 @@ def test_best_paths_are_the_best_of_all(n, granularities):
     assert list(found) == sorted({len(path) for path in everything}), "every depth that a path has, ascending"
     for depth, paths in found.items():
         best = sorted((sum(map(price.get, path)), path) for path in everything if len(path) == depth)[:3]
+        assert [cost for cost, _ in paths] == pytest.approx([cost for cost, _ in best]), \
+            f"the three cheapest paths of {depth} layers; a path costs the sum of its spans' costs"
         assert [path for _, path in paths] == [path for _, path in best], f"the three cheapest paths of {depth} layers"
-        assert [cost for cost, _ in paths] == pytest.approx([cost for cost, _ in best]), "a path costs its spans' sum"
 
 
 def test_count_paths_by_hand():

@@ -81,6 +81,7 @@ def log_probs(row):
 
 
 def test_cross_entropy_by_hand():
+    """L_ce = -1/N sum_n log p_student(y_n | y_<n, x)."""
     logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])  # p = (1/4, 3/4) and (1/2, 1/2)
     expected = -(math.log(3 / 4) + math.log(1 / 2)) / 2
     assert d.cross_entropy(logits, torch.tensor([1, 0])).item() == pytest.approx(expected, abs=1e-6), \
@@ -88,6 +89,7 @@ def test_cross_entropy_by_hand():
 
 
 def test_logit_distillation_by_hand():
+    """L_kd = 1/N sum_n KL(p_teacher || p_student)."""
     teacher, student = torch.tensor([[0.0, math.log(3)], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [5.0, 5.0]])
     expected = (0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)) / 2  # the second token agrees
     assert d.logit_distillation(student, teacher).item() == pytest.approx(expected, abs=1e-6), \
@@ -97,6 +99,7 @@ def test_logit_distillation_by_hand():
 
 
 def test_hidden_distillation_by_hand():
+    """L_hid = sum_n |s_n - t_n|^2 / sum_n |t_n|^2 over the real tokens."""
     teacher = torch.tensor([[[3.0, 4.0], [0.0, 5.0]], [[6.0, 8.0], [999.0, 999.0]]])
     student = torch.tensor([[[3.0, 2.0], [3.0, 5.0]], [[6.0, 8.0], [-77.0, 55.0]]])
     mask = torch.tensor([[True, True], [True, False]])
@@ -108,17 +111,18 @@ def test_hidden_distillation_by_hand():
 
 
 def test_attention_distillation_by_hand():
+    """L_att = 1/(N H) sum_n,h KL(a_teacher || a_student) over the keys."""
     teacher = torch.tensor([[[[0.25, 0.75], [1.0, 0.0]], [[0.5, 0.5], [1.0, 0.0]]]])  # 1 sentence, 2 heads, 2 queries
     student = torch.tensor([[[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [1.0, 0.0]]]])
+    zero = torch.tensor([[[[1.0, 0.0]]]])
+    assert math.isfinite(d.attention_distillation(1 - zero, zero, torch.tensor([[True]])).item()), \
+        "a probability of 0 in the student must not make the loss infinite"
     first = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     both = d.attention_distillation(student, teacher, torch.tensor([[True, True]])).item()
     assert both == pytest.approx((first + math.log(2)) / 4, abs=1e-6), \
         "the mean over 2 queries and 2 heads of KL(teacher || student); two of the four agree"
     masked = d.attention_distillation(student, teacher, torch.tensor([[True, False]])).item()
     assert masked == pytest.approx(first / 2, abs=1e-6), "a query that is padding must not count"
-    zero = torch.tensor([[[[1.0, 0.0]]]])
-    assert math.isfinite(d.attention_distillation(1 - zero, zero, torch.tensor([[True]])).item()), \
-        "a probability of 0 in the student must not make the loss infinite"
 
 
 def test_losses_are_computed_in_float32():
@@ -191,12 +195,18 @@ def losses_by_hand(student, teacher, layers, own, compared):
             "attention": mean([mean(terms) for sums in pairs.values() for terms in sums["attention"].values()])}
 
 
+RULES = {"ce": "-log p(target), the mean over real target tokens, without padding",
+         "logits": "KL(teacher || student) over real target tokens; the teacher's decoder reads the teacher's memory",
+         "hidden": "each module (or student's layer) against the teacher after the last layer of its span, both stacks",
+         "attention": "each module (or student's layer) against the last layer of its span: self- and cross-attention"}
+
+
 def assert_close(terms, expected, what):
     assert set(terms) == set(expected), f"{what}: the terms are {sorted(expected)}, not {sorted(terms)}"
     for name, value in expected.items():
         value = value.item() if isinstance(value, torch.Tensor) else value
         assert terms[name].item() == pytest.approx(value, rel=2e-4, abs=1e-6), \
-            f"{what}: {name} must be {value:.6f}, not {terms[name].item():.6f}"
+            f"{what}: {name} must be {value:.6f}, not {terms[name].item():.6f}: {RULES[name]}"
 
 
 def own_layers(model):
@@ -207,6 +217,7 @@ PATHS = {"encoder": [(0, 1), (1, 2), (2, 4)], "decoder": [(0, 2), (2, 3), (3, 6)
 
 
 def test_losses_of_modules_by_hand():
+    """Both models run freely; a module is held against the teacher after the last layer of its span."""
     teacher = tiny()
     bank = make_bank(teacher)
     layers = {stack: bank.layers(teacher, stack, PATHS[stack]) for stack in mod.STACKS}
@@ -295,6 +306,7 @@ def record_paths(monkeypatch):
 
 
 def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
+    """Draw a path for each stack, run it, move the modules on it. The teacher is frozen, gradients go through it."""
     teacher = tiny(dropout_rate=0.1)
     bank, paths, grads = make_bank(teacher), record_paths(monkeypatch), {}
     before, start = copy_of(teacher), copy_of(bank)
@@ -478,7 +490,8 @@ def test_sampled_rates_of_a_training(monkeypatch):
     d.train_modules(teacher, bank, batches, steps, lr=1e-2, rate_start=0.3, rate_rise=math.inf)
     took = torch.tensor(seen).flatten(1)  # (steps, 3 of the encoder and 3 of the decoder)
     sigma = math.sqrt(0.3 * 0.7 / steps)
-    assert ((took.mean(0) - 0.3).abs() < 5 * sigma).all(), f"each position has rate 0.3, not {took.mean(0)}"
+    assert ((took.mean(0) - 0.3).abs() < 5 * sigma).all(), \
+        f"each position takes a module in 30 % of the steps, and every step draws anew: not {took.mean(0)}"
     z = (took - 0.3) / math.sqrt(0.3 * 0.7)
     correlation = (z.T @ z / steps).fill_diagonal_(0.0).abs().max().item()
     assert correlation < 5 / math.sqrt(steps), "positions of both stacks are drawn one by one"

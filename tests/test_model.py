@@ -536,24 +536,26 @@ def test_round_trip(name, tmp_path):
     assert generation["decoder_start_token_id"] == (5 if name == "t5_asymmetric" else 0), "generation needs its start"
 
 
-@pytest.mark.parametrize("ours, theirs", (
-    ("embedding.weight", "shared.weight"), ("head.weight", "lm_head.weight"),
-    ("encoder.norm.weight", "encoder.final_layer_norm.weight"), ("encoder.positions.weight", TABLE),
-    ("decoder.positions.weight", TABLE.replace("encoder", "decoder")),
-    ("encoder.layers.1.self_norm.weight", "encoder.block.1.layer.0.layer_norm.weight"),
-    ("encoder.layers.11.self_attention.q.weight", "encoder.block.11.layer.0.SelfAttention.q.weight"),
-    ("encoder.layers.1.feed_forward_norm.weight", "encoder.block.1.layer.1.layer_norm.weight"),
-    ("encoder.layers.0.feed_forward.wi.weight", "encoder.block.0.layer.1.DenseReluDense.wi.weight"),
-    ("decoder.layers.0.self_attention.o.weight", "decoder.block.0.layer.0.SelfAttention.o.weight"),
-    ("decoder.layers.3.cross_norm.weight", "decoder.block.3.layer.1.layer_norm.weight"),
-    ("decoder.layers.3.cross_attention.v.weight", "decoder.block.3.layer.1.EncDecAttention.v.weight"),
-    ("decoder.layers.3.feed_forward_norm.weight", "decoder.block.3.layer.2.layer_norm.weight"),
-    ("decoder.layers.3.feed_forward.wi_0.weight", "decoder.block.3.layer.2.DenseReluDense.wi_0.weight")))
-def test_checkpoint_name_by_hand(ours, theirs):
+def test_checkpoint_name_by_hand():
     """Sub-layers are numbered in their order; the stack's position table is a tensor of block 0 in the files."""
-    found = m.checkpoint_name(ours)
-    assert found == theirs, f"our {ours} is {theirs} in a checkpoint, not {found}: sub-layers are numbered in their " \
-        f"order (0 self, 1 cross in the decoder, then feed-forward), the stack's position table is in block 0"
+    for ours, theirs in (
+            ("embedding.weight", "shared.weight"),
+            ("head.weight", "lm_head.weight"),
+            ("encoder.norm.weight", "encoder.final_layer_norm.weight"),
+            ("encoder.positions.weight", TABLE),
+            ("decoder.positions.weight", TABLE.replace("encoder", "decoder")),
+            ("encoder.layers.1.self_norm.weight", "encoder.block.1.layer.0.layer_norm.weight"),
+            ("encoder.layers.11.self_attention.q.weight", "encoder.block.11.layer.0.SelfAttention.q.weight"),
+            ("encoder.layers.1.feed_forward_norm.weight", "encoder.block.1.layer.1.layer_norm.weight"),
+            ("encoder.layers.0.feed_forward.wi.weight", "encoder.block.0.layer.1.DenseReluDense.wi.weight"),
+            ("decoder.layers.0.self_attention.o.weight", "decoder.block.0.layer.0.SelfAttention.o.weight"),
+            ("decoder.layers.3.cross_norm.weight", "decoder.block.3.layer.1.layer_norm.weight"),
+            ("decoder.layers.3.cross_attention.v.weight", "decoder.block.3.layer.1.EncDecAttention.v.weight"),
+            ("decoder.layers.3.feed_forward_norm.weight", "decoder.block.3.layer.2.layer_norm.weight"),
+            ("decoder.layers.3.feed_forward.wi_0.weight", "decoder.block.3.layer.2.DenseReluDense.wi_0.weight")):
+        found = m.checkpoint_name(ours)
+        assert found == theirs, f"our {ours} is {theirs} in a checkpoint, not {found}: sub-layers are numbered in " \
+            f"their order (0 self, 1 cross in the decoder, then feed-forward), the stack's position table is in block 0"
 
 
 @pytest.mark.parametrize("name", NAMES)

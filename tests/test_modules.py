@@ -74,7 +74,7 @@ def test_granularity_that_does_not_tile(n, g):
     except ValueError as error:
         message = str(error)
     assert f"granularity {g} " in message and possible in message, \
-        f"spans of {g} do not tile {n} layers: a ValueError must name granularity {g} and list {possible}, not: {message}"
+        f"spans of {g} do not tile {n} layers: a ValueError names granularity {g} and lists {possible}, not: {message}"
 
 
 def test_path_of_by_hand():
@@ -222,8 +222,8 @@ def test_init_by_hand(init):
     for (stack, start, stop), value in expected.items():
         for name, weight in getattr(bank, stack)[f"{start}-{stop}"].named_parameters():
             assert (weight == value).all(), \
-                f"init {init}: layer i is full of i + 1, so {name} of the module for layers {start} to {stop - 1} must " \
-                f"be {value}, {'the mean over the span' if init == 'average' else 'a copy of the first'}, not {weight.max()}"
+                f"init {init}: layer i is full of i + 1, so {name} of the module for layers {start} to {stop - 1} is " \
+                f"{value}, {'the mean of the span' if init == 'average' else 'a copy of its first'}, not {weight.max()}"
 
 
 @pytest.mark.parametrize("init", ("first", "average"))
@@ -282,15 +282,14 @@ def test_with_layers_copies_them_and_all_else(tied):
         own, theirs = getattr(model, stack), getattr(teacher, stack)
         for i, (layer, source) in enumerate(zip(own.layers, layers[stack], strict=True)):
             for a, b in zip(layer.parameters(), source.parameters(), strict=True):
-                assert torch.equal(a, b), f"layer {i} of the {stack} must be a copy of the {i}th layer given, in its order"
+                assert torch.equal(a, b), f"layer {i} of the {stack} must be a copy of layer {i} of the list"
         assert torch.equal(own.positions.weight, theirs.positions.weight), \
-            f"the {stack}'s position table must be the teacher's, also where layer 0 is not among the layers: the stack " \
-            f"owns it"
+            f"the {stack}'s position table must be the teacher's, also without its layer 0: the stack owns it"
         assert torch.equal(own.norm.weight, theirs.norm.weight), f"the {stack}'s final norm must be the teacher's"
     assert torch.equal(model.embedding.weight, teacher.embedding.weight), "the embedding is the teacher's"
     assert torch.equal(model.head.weight, teacher.head.weight), "the head is the teacher's"
     assert (model.head is model.embedding) is tied, \
-        "a tied head and the embedding stay one tensor: copy them together, or they are two that drift apart in training"
+        "a tied head and the embedding stay one tensor: copied one by one they are two, which drift apart in training"
     for weight in model.parameters():
         weight.zero_()
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.named_parameters()), \
