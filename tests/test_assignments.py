@@ -275,7 +275,7 @@ def grader():
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 sys.path.insert(0, folder)
-                os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *arguments]))
+                os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--basetemp", f"{folder}/tmp", *arguments]))
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             output.seek(0)
             print(json.dumps([status, output.read().decode(errors="replace")]), flush=True)
