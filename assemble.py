@@ -37,9 +37,10 @@ def best_paths(n, spans, cost, k=1):
     """{depth: its k cheapest paths through n layers, [(cost, path), ...], cheapest first}.
 
     A path costs the sum of cost(span) over its spans. By dynamic programming: a path of d layers through the first
-    `stop` ends with some span (start, stop), and before that comes one of d-1 layers through the first `start`, of
-    which only the k cheapest matter. Of equals those come first that keep the lower layers whole, on which all others
-    build.
+    `stop` ends with some span (start, stop), and before that comes one of d-1 layers through the first `start`:
+        C(stop, d) = min over spans (start, stop) of C(start, d-1) + cost(start, stop),
+    of which only the k cheapest matter. Of equals those come first that keep the lower layers whole, on which all
+    others build.
     """
     best = [{0: [(0, ())]}] + [{} for _ in range(n)]
     for start in range(n):

@@ -91,7 +91,8 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
     student's memory, the teacher's the teacher's, so the student is trained on what it will see alone.
     layers: {"encoder": list, "decoder": list} to run in place of the student's own.
     paths: {"encoder": path, "decoder": path}: layer i of the student stands for span i of the teacher, and is held
-    against the state after the span's last layer and the attention within that layer.
+    against the state after the span's last layer and the attention within that layer. "hidden" and "attention" are the
+    means over all of these in both stacks; the teacher's own layers on a path have nothing to learn and do not count.
     """
     config = student.config
     layers = layers or {"encoder": None, "decoder": None}

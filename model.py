@@ -90,8 +90,9 @@ def relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
     """Map key position - query position (any integer tensor) to buckets 0 ... num_buckets-1, same shape.
 
     T5, section 2.1: half of the buckets hold one exact distance each, the other half grow logarithmically up to
-    max_distance, beyond which all distances share the last. The encoder (bidirectional) spends half of all buckets
-    on keys to the right; the decoder never looks right.
+    max_distance, beyond which all distances share the last. With n buckets, e = n / 2 exact ones, a distance d >= e has
+    bucket e + floor(log(d / e) / log(max_distance / e) * (n - e)), at most n - 1. The encoder (bidirectional) spends
+    the second half of all buckets on keys to the right; in the decoder, which never looks right, those have bucket 0.
     """
     bucket = torch.zeros_like(distance)
     if bidirectional:
@@ -373,7 +374,11 @@ class T5(nn.Module):
         return self.decoder.run(x, layers, bias, memory, memory_bias, need_probs=need_probs, cache=cache)
 
     def logits(self, hidden):
-        """(..., d_model) decoder output -> (..., vocab_size)."""
+        """(..., d_model) decoder output h -> (..., vocab_size), h W^T with the head's W.
+
+        v1.0 first multiplies h by d_model^-0.5: its W is the embedding, drawn with std 1 where a head of its own has
+        d_model^-0.5.
+        """
         if self.config.scale_decoder_outputs:
             hidden = hidden * self.config.d_model ** -0.5
         return linear(hidden, self.head.weight)
@@ -483,7 +488,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def checkpoint_name(name):
-    """Our parameter's name -> its name in a checkpoint ("decoder.layers.3.cross_norm.weight" -> ...)."""
+    """Our parameter's name -> its name in a checkpoint: "decoder.layers.3.cross_norm.weight" ->
+    "decoder.block.3.layer.1.layer_norm.weight", of the second sub-layer. The tables above have the names."""
     stack, *rest = name.split(".")
     if stack == "embedding":
         return "shared.weight"
@@ -497,7 +503,9 @@ def checkpoint_name(name):
 
 def read_safetensors(path):
     """Read a file: 8 bytes little-endian header length, a JSON header {name: dtype, shape, data_offsets}, raw data
-    (https://github.com/huggingface/safetensors#format). Returns {name: tensor}; raises ValueError naming the file."""
+    (https://github.com/huggingface/safetensors#format). Offsets (begin, end) count from the end of the header; tensors
+    follow each other without a gap, their names in the header stand in any order, beside an optional "__metadata__".
+    Returns {name: tensor}; raises ValueError, "FILE: truncated or not a safetensors file: ..."."""
     tensors, size, end_of_data = {}, Path(path).stat().st_size, 0
     with open(path, "rb") as f:
         try:

@@ -93,7 +93,8 @@ class Bank(nn.Module):
 
 @torch.no_grad()
 def merge(layers, init):
-    """One new layer from several: their first, or the mean of their weights."""
+    """One new layer from several: their first, or the mean of their weights, tensor by tensor. Raises ValueError for
+    another init than "first" and "average"."""
     module = copy.deepcopy(layers[0])
     if init == "average":
         for parameter, *others in zip(module.parameters(), *(layer.parameters() for layer in layers)):
@@ -104,7 +105,8 @@ def merge(layers, init):
 
 
 def with_layers(teacher, layers):
-    """A plain T5 of {"encoder": [layer, ...], "decoder": [...]}: copies of these, and of all else of the teacher."""
+    """A plain T5 of {"encoder": [layer, ...], "decoder": [...]}: copies of these, and of all else of the teacher: the
+    embedding, the head, the stacks' position tables and final norms. All of it can train; it is in eval mode."""
     config = replace(teacher.config, num_layers=len(layers["encoder"]), num_decoder_layers=len(layers["decoder"]))
     with torch.device("meta"):  # shapes only: every part is about to be replaced
         model = T5(config)

@@ -79,13 +79,13 @@ EXERCISES = {
                   "attn_mask=bias.to(queries.dtype), scale=1.0", "attn_mask=bias.to(queries.dtype)",
                   "both branches of attention must agree"),
             Wrong("a softmax over the queries", ".float() + bias, dim=-1)", ".float() + bias, dim=-2)",
-                  "does not divide scores by sqrt(d_kv): the second query's scores are"),
+                  "the softmax goes over the keys"),
             Wrong("the position bias forgotten", ".float() + bias, dim=-1)", ".float(), dim=-1)",
                   "the bias is added to the scores"),
             Wrong("all heads mixed up", "x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)",
                   "x.unflatten(-1, (self.d_kv, -1)).permute(0, 3, 1, 2)", "head 0 sees numbers 0 and 1"),
             Wrong("new keys overwrite the first position", "self.keys[:, :, start:self.length] = keys",
-                  "self.keys[:, :, :keys.size(2)] = keys", "all 2 so far, each in its place"),
+                  "self.keys[:, :, :keys.size(2)] = keys", "returns all 2, each in its place"),
             Wrong("the cache's position off by one", "cache.bias[:, :, start:end, :end]",
                   "cache.bias[:, :, start - 1:end - 1, :end] if start else cache.bias[:, :, :end, :end]",
                   "each with the position bias of its distance")]),
@@ -100,9 +100,9 @@ EXERCISES = {
             Wrong("cross-attention under the name of self-attention", '"layer.1.EncDecAttention"',
                   '"layer.1.SelfAttention"', "cross in the decoder"),
             Wrong("a tied head without the scale", "hidden = hidden * self.config.d_model ** -0.5", "pass",
-                  "a tied head needs it"),
+                  "times d_model^-0.5, here 1/4"),
             Wrong("an untied head with the scale", "if self.config.scale_decoder_outputs:", "if True:",
-                  "output is multiplied by 1")]),
+                  "as it is")]),
     "5 the safetensors reader": Exercise(
         "model.py", {"read_safetensors": "8 bytes little-endian header length"},
         "tests/test_model.py -k read_safetensors", [
@@ -128,7 +128,7 @@ EXERCISES = {
         "modules.py", {"merge": "their first, or the mean of their weights", "with_layers": "copies of these"},
         "tests/test_modules.py -k 'init_ or copies'", [
             Wrong("the module is the teacher's layer, not a copy", "module = copy.deepcopy(layers[0])",
-                  "module = layers[0]", "layer i is full of i + 1"),
+                  "module = layers[0]", "must not share a tensor with the teacher"),
             Wrong("a sum, not a mean", "torch.stack(others).mean(0)", "torch.stack(others).sum(0)",
                   "the mean of the span"),
             Wrong("the mean misses the first layer", "torch.stack(others).mean(0)", "torch.stack(others[1:]).mean(0)",
@@ -189,7 +189,7 @@ EXERCISES = {
             Wrong("attention of the span's first layer", "theirs[stack].probs[stop - 1]", "theirs[stack].probs[start]",
                   "the last layer of its span: self- and cross-attention"),
             Wrong("the target is not shifted", "inputs, real = shift_right(target, config),", "inputs, real = target,",
-                  "-log p(target)"),
+                  "the decoder reads targets shifted right"),
             Wrong("a teacher that is not frozen", "fit(bank, step_loss",
                   "teacher.requires_grad_(True)\n    fit(bank, step_loss", "no gradient is kept for the teacher"),
             Wrong("the same draw in every step", 'random.Random(f"{seed} {step}")', "random.Random(seed)",
@@ -218,7 +218,8 @@ EXERCISES = {
             Wrong("K equal beams at the start", "score[:, 0] = 0.0", "score[:] = 0.0", "expand one start, not two"),
             Wrong("the cache does not follow the beams", "cache.reorder(", "str(", "row i of the cache must follow"),
             Wrong("stops at the first finished hypothesis", "running = score[:, 0] / (t + 1) ** length_penalty > "
-                  "finished_score[:, -1]", "running = finished_score[:, 0] <= low / 2", "beats")]),
+                  "finished_score[:, -1]", "running = finished_score[:, 0] <= low / 2",
+                  "go on while the best running prefix")]),
 }
 
 

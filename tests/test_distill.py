@@ -195,7 +195,7 @@ def losses_by_hand(student, teacher, layers, own, compared):
             "attention": mean([mean(terms) for sums in pairs.values() for terms in sums["attention"].values()])}
 
 
-RULES = {"ce": "-log p(target), the mean over real target tokens, without padding",
+RULES = {"ce": "-log p(target), the mean over real tokens, without padding; the decoder reads targets shifted right",
          "logits": "KL(teacher || student) over real target tokens; the teacher's decoder reads the teacher's memory",
          "hidden": "each module (or student's layer) against the teacher after the last layer of its span, both stacks",
          "attention": "each module (or student's layer) against the last layer of its span: self- and cross-attention"}

@@ -141,22 +141,24 @@ def test_rms_norm_takes_the_mean_in_float32():
     assert torch.allclose(out.float(), torch.ones(4), atol=1e-3), "300^2 overflows float16: square it in float32"
 
 
-@pytest.mark.parametrize("need_probs", (False, True))
+@pytest.mark.parametrize("need_probs", (True, False))
 def test_attention_is_not_scaled(need_probs):
     """softmax(q k^T + bias) v for every head, then the matrix o."""
     attention = m.Attention(m.T5Config(d_model=4, d_kv=4, num_heads=1))
     for linear in (attention.q, attention.k, attention.v, attention.o):
         linear.weight.data = torch.eye(4)
     x = torch.tensor([[[1.0, 0, 0, 0], [0, 2.0, 0, 0]]])
-    out, _ = attention(x, *attention.keys_values(x), torch.zeros(1, 1, 2, 2), need_probs)
+    out, probs = attention(x, *attention.keys_values(x), torch.zeros(1, 1, 2, 2), need_probs)
+    assert (probs is not None) is need_probs, "the probabilities are returned if they are asked for, else None"
+    assert not need_probs or torch.allclose(probs.sum(-1), torch.ones(1, 1, 2)), \
+        "the softmax goes over the keys, the last dimension: the probabilities of every query sum to 1"
     share = math.exp(4) / (math.exp(4) + 1)  # second query: its score with itself is 2 * 2, not 2 * 2 / sqrt(4)
     assert torch.allclose(out[0, 1], torch.tensor([1 - share, 2 * share, 0, 0])), \
         "T5 does not divide scores by sqrt(d_kv): the second query's scores are 0 and 2 * 2, its output softmax(0, 4) v"
     bias = torch.tensor([[[[0.0, 0.0], [4.0, 0.0]]]])
-    out, probs = attention(x, *attention.keys_values(x), bias, need_probs)
+    out, _ = attention(x, *attention.keys_values(x), bias, need_probs)
     assert torch.allclose(out[0, 1], torch.tensor([0.5, 1.0, 0, 0])), \
         "the bias is added to the scores, before the softmax: 0 + 4 and 4 + 0 share evenly"
-    assert (probs is not None) is need_probs, "the probabilities are returned if they are asked for, else None"
 
 
 def test_attention_has_heads():
@@ -180,8 +182,8 @@ def test_attention_cache_by_hand():
         new = keys[:, :, start:stop], -keys[:, :, start:stop]
         for found, all_so_far in zip(cache.append(*new), (keys[:, :, :stop], -keys[:, :, :stop])):
             assert found.shape == all_so_far.shape and torch.equal(found, all_so_far), \
-                f"after positions {start} to {stop - 1} the cache returns all {stop} so far, each in its place"
-        assert cache.length == stop, f"positions 0 to {stop - 1} are in the cache, so the next one is {stop}"
+                f"after {stop} positions the cache returns all {stop}, each in its place"
+        assert cache.length == stop, f"{stop} positions are in the cache: the next one has the number {stop}"
 
 
 @torch.no_grad()
@@ -379,6 +381,8 @@ def follow(model, table):
 
 
 @pytest.mark.parametrize("penalty, n, table, ids, rule", (
+    (0.0, 6, {2: {1: 0.4, 3: 0.6}, 3: {1: 0.9, 4: 0.1}, 4: {1: 1.0}}, [3, 1],
+     "go on while the best running prefix, here 3 with 0.6, beats the worst of the K finished: 0.6 * 0.9 beats 0.4"),
     (1.0, 6, {2: {3: 0.6, 4: 0.4}, 3: {5: 0.5, 6: 0.5}, 4: {7: 1.0}, 5: {1: 1.0}, 6: {1: 1.0}, 7: {1: 1.0}}, [4, 7, 1],
      "two beams keep both first words, 3 and 4 (expand one start, not two equal ones): 0.4 * 1 beats 0.6 * 0.5"),
     (0.0, 6, {2: {1: 0.4, 3: 0.6}, 3: {1: 0.5, 4: 0.5}, 4: {1: 1.0}}, [1],
@@ -388,7 +392,7 @@ def follow(model, table):
     (1.0, 6, {2: {1: 0.45, 3: 0.35, 4: 0.2}, 3: dict.fromkeys(range(10, 35), 0.04), 4: {6: 1.0},
               **dict.fromkeys([6, *range(10, 35)], {1: 1.0})}, [4, 6, 1],
      "draw 2K candidates, as K of them may end: 1, eos, must not take the place of 4 among the K running prefixes")),
-    ids=("K prefixes", "no penalty", "the length", "2K candidates"))
+    ids=("when to stop", "K prefixes", "no penalty", "the length", "2K candidates"))
 def test_beam_search_by_hand(penalty, n, table, ids, rule):
     """Keep the K best prefixes; a finished one scores its sum of log p over length ** length_penalty."""
     model = follow(tiny(decoder_start_token_id=2), table)
@@ -578,8 +582,8 @@ def test_tied_head_by_hand(tied, scaled):
     head = model.embedding.weight if tied else model.head.weight
     found, expected = model.logits(hidden), hidden @ head.t() * (0.25 if scaled else 1.0)
     assert found.shape == (2, 3, 50) and torch.allclose(found, expected, atol=1e-5), \
-        f"{'the embedding is the head' if tied else 'the head has its own matrix'}, and d_model 16 means that the " \
-        f"decoder's output is multiplied by {'16^-0.5 = 1/4 before it (a tied head needs it)' if scaled else '1'}"
+        f"{'the embedding is the head' if tied else 'the head has its own matrix'}; scale_decoder_outputs {scaled}: " \
+        f"the decoder's output goes into it {'times d_model^-0.5, here 1/4, as in v1.0' if scaled else 'as it is'}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -216,6 +216,8 @@ def test_init_by_hand(init):
                 for weight in layer.parameters():
                     weight.fill_(i + 1)  # layer 2 is full of threes
     bank = mod.Bank(teacher, {"encoder": [2], "decoder": [2, 3]}, init)
+    assert not set(map(id, teacher.parameters())) & set(map(id, bank.parameters())), \
+        "a module starts as a copy: it must not share a tensor with the teacher, which would be trained with it"
     expected = {"first": {("encoder", 0, 2): 1, ("encoder", 2, 4): 3, ("decoder", 4, 6): 5, ("decoder", 3, 6): 4},
                 "average": {("encoder", 0, 2): 1.5, ("encoder", 2, 4): 3.5, ("decoder", 4, 6): 5.5,
                             ("decoder", 3, 6): 5}}[init]
