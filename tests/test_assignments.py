@@ -41,11 +41,11 @@ class Wrong(NamedTuple):
 class Exercise(NamedTuple):
     file: str
     bodies: dict  # what the student writes: {function: words of the rule in the output while it is missing}
-    grade: str    # what follows `python -m pytest -q`
+    command: str  # what follows `python -m pytest -q`
     wrong: list
 
 
-# In the order of the course. An exercise's grade needs the bodies of this and the earlier ones, no later one.
+# In the order of the course. An exercise's command needs this and the earlier ones, no later one.
 EXERCISES = {
     "1 relative-position buckets": Exercise(
         "model.py", {"relative_position_bucket": "half of the buckets hold one exact distance each"},
@@ -271,12 +271,18 @@ def grader():
         with tempfile.TemporaryFile() as output:
             child = os.fork()
             if child == 0:
-                signal.alarm(seconds)  # nothing catches it: the child ends
-                os.chdir(folder)
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                sys.path.insert(0, folder)
-                os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--basetemp", f"{folder}/tmp", *arguments]))
+                status = 70
+                try:
+                    signal.alarm(seconds)  # nothing catches it: the child ends
+                    os.chdir(folder)
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                    sys.path.insert(0, folder)
+                    own = ["--basetemp", f"{folder}/tmp", "-p", "no:cacheprovider"]
+                    status = pytest.main(["-q", "-x", *own, *arguments])
+                    sys.stdout.flush()
+                finally:
+                    os._exit(status)  # whatever happened, the child must not go on with the loop
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             output.seek(0)
             print(json.dumps([status, output.read().decode(errors="replace")]), flush=True)
@@ -296,7 +302,7 @@ def grade(tmp_path_factory):
         for file, text in sources.items():
             (folder / file).write_text(text, encoding="utf-8")
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # it goes by the second and the size of a file
-        print(json.dumps([str(folder), shlex.split(exercise.grade), 60]), file=process.stdin, flush=True)
+        print(json.dumps([str(folder), shlex.split(exercise.command), 60]), file=process.stdin, flush=True)
         return json.loads(process.stdout.readline())
     yield grade
     process.stdin.close()
@@ -321,7 +327,7 @@ def test_a_missing_body_is_caught(grade, name, function):
     sources = without_bodies([])
     sources[exercise.file] = without_body(sources[exercise.file], function)
     status, output = grade(exercise, sources)
-    assert_caught(status, output, exercise.bodies[function], exercise.grade)
+    assert_caught(status, output, exercise.bodies[function], exercise.command)
     assert "NotImplementedError" in output
 
 
@@ -336,7 +342,7 @@ def test_a_wrong_version_is_caught(grade, name, wrong):
     sources[exercise.file] = sources[exercise.file].replace(wrong.old, wrong.new)
     status, output = grade(exercise, sources)
     messages = "\n".join(re.findall(r"^E  .*(?:AssertionError|Failed): (.*)", output, re.MULTILINE))
-    assert_caught(status, messages if status == 1 else output, wrong.rule, exercise.grade)
+    assert_caught(status, messages if status == 1 else output, wrong.rule, exercise.command)
 
 
 @needs_fork
@@ -345,7 +351,7 @@ def test_an_exercise_needs_no_later_one(grade, number):
     """The bodies of all later exercises are missing, as in a course; the last one is graded in an unchanged copy."""
     exercise, *later = list(EXERCISES.values())[number:]
     status, output = grade(exercise, without_bodies(later))
-    assert status == 0, f"`{exercise.grade}` must pass once this and all earlier exercises are done:\n{output[-4000:]}"
+    assert status == 0, f"`{exercise.command}` must pass once this and the earlier ones are done:\n{output[-4000:]}"
 
 
 def test_the_course_is_complete():
@@ -356,7 +362,7 @@ def test_the_course_is_complete():
     if "## Assignments" not in readme:
         pytest.skip("the README has no section on the assignments yet")
     for exercise in EXERCISES.values():
-        assert f"`python -m pytest -q {exercise.grade}`" in readme, "the README gives every grading command"
+        assert f"`python -m pytest -q {exercise.command}`" in readme, "the README gives every grading command"
 
 
 def test_a_copy_to_work_in(tmp_path):
