@@ -90,9 +90,10 @@ def relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
     """Map key position - query position (any integer tensor) to buckets 0 ... num_buckets-1, same shape.
 
     T5, section 2.1: half of the buckets hold one exact distance each, the other half grow logarithmically up to
-    max_distance, beyond which all share the last: with n buckets for a direction, e = n / 2 of them exact, a distance d >= e has
-    bucket e + floor(log(d / e) / log(max_distance / e) * (n - e)), at most n - 1. The encoder (bidirectional) spends
-    the second half of all buckets on keys to the right; in the decoder, which never looks right, those have bucket 0.
+    max_distance, beyond which all distances share the last. With n buckets for a direction, the first e = n / 2 exact,
+    a distance d >= e has bucket e + floor(log(d / e) / log(max_distance / e) * (n - e)), at most n - 1. The encoder
+    (bidirectional) spends the second half of all buckets on keys to the right; the decoder never looks right, there
+    those have bucket 0.
     """
     bucket = torch.zeros_like(distance)
     if bidirectional:
