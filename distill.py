@@ -1,7 +1,7 @@
 """Module replacing and distillation: the losses, each under its equation, and one training loop.
 
 Every way of training here is the same step with more or less in it:
-    modules       a path is drawn, its modules train inside the frozen teacher, all four losses
+    modules       paths are drawn, their modules train inside the frozen teacher, all four losses
     Theseus       the same with one granularity and cross-entropy alone (https://arxiv.org/abs/2002.02925)
     KD            a fixed smaller student, all of it trains, all four losses (https://arxiv.org/abs/1503.02531)
     SFT           shrink and fine-tune: the same student, cross-entropy alone (https://arxiv.org/abs/2010.13002)
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import new_file
-from modules import STACKS, path_of, realised_rate, replacement_rate, sample_path, with_layers
+from modules import STACKS, by_granularity, path_of, realised_rate, replacement_rate, sample_path, with_layers
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
 CE_ONLY = {"ce": 1.0}
@@ -60,6 +60,11 @@ def attention_distillation(student, teacher, mask):
     student, teacher = (p.transpose(1, 2)[mask].float() for p in (student, teacher))      # (N, H, K)
     total = (teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())).sum()
     return total / (over_processes(len(teacher), teacher) * teacher.size(1))
+
+
+def processes():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def over_processes(x, like):
@@ -139,8 +144,12 @@ def validation_loss(model, batches, layers=None):
 # ---- the two kinds of training
 
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.6, **loop):
-    """Module replacing: draw an encoder and a decoder path, run them, move the bank. The teacher is frozen but lets
-    gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
+    """Module replacing: draw an encoder and a decoder path, run them, move the bank.
+
+    Multi-grained: each batch is parted among the granularities, so that every module trains in every step, beside the
+    neighbours it will have when assembled. On paths of mixed lengths a module is in one step of several, next to others
+    that it rarely meets again (README, "What did not work"). The encoder's and the decoder's granularity are drawn
+    apart, for they are chosen apart. The teacher is frozen but lets gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
     targets have no noise, and matching them with noise did not help (README, "What did not work").
     **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
@@ -148,12 +157,25 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     bank.train(distilling is None)
 
     def step_loss(step, source, target):
-        """One draw of paths and what it costs: terms by name, and the rates to log."""
+        """One draw of paths for each part of the batch, and what they cost: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
-        paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
-        layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}
-        terms = losses(teacher, source, target, weights, distilling, layers, paths)
-        return terms, {"rate": rate, **{f"rate_{s}": realised_rate(paths[s], bank.spans[s]) for s in STACKS}}
+        grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
+        grains = {stack: rng.sample(own, len(own)) for stack, own in grains.items()}  # in random order
+        rank, world = processes()
+        whole = round(world * float(over_processes(len(source), source)))  # rows in all processes
+        parts = min(max(map(len, grains.values())), whole)
+        part = (rank + world * torch.arange(len(source), device=source.device)) * parts // whole  # of each row
+        total, facts = {}, {"rate": rate, **{f"rate_{stack}": 0.0 for stack in STACKS}}
+        for k in range(parts):
+            spans = {stack: own[k % len(own)] for stack, own in grains.items()}
+            paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
+            layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}
+            terms = losses(teacher, source[part == k], target[part == k], weights, distilling, layers, paths)
+            for term, value in terms.items():
+                total[term] = total.get(term, 0.0) + value / parts
+            for stack in STACKS:
+                facts[f"rate_{stack}"] += realised_rate(paths[stack], spans[stack]) / parts
+        return total, facts
 
     fit(bank, step_loss, batches, steps, seed=seed, weights=weights, **loop)
     bank.eval()
@@ -245,7 +267,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
     """
     parameters = list(trained.parameters())
     device = parameters[0].device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     state = load_checkpoint(checkpoint, name)
     sizes = state["sizes"] if state else [size(parameter) for parameter in parameters]
     groups = [{"params": [p for p, own in zip(parameters, sizes) if own == each], "size": each}

@@ -152,19 +152,22 @@ def replacement_rate(step, steps, start=0.5, rise=0.6):
 
 
 def sample_path(n, spans, rate, rng):
-    """Draw a path through n layers: walk from 0; wherever modules start, one draw takes a module with probability
-    `rate`, else the teacher's layer. One draw a position, not one a stack: a module must meet every neighbourhood.
-
-    Of the modules that start there (multi-grained replacing) each is taken in proportion to its length: with equal
-    chances the long ones, which have most to learn, are on the fewest paths. rng: random.Random.
+    """Draw a path through n layers: walk from 0; wherever modules start, one draw takes a module (of several, any) with
+    probability `rate`, else the teacher's layer. One draw a position, not one a stack: a module must meet every
+    neighbourhood. rng: random.Random.
     """
     path, start = [], 0
     while start < n:
         own, *here = spans_from(start, spans)
-        take = here and rng.random() < rate
-        path.append(rng.choices(here, [b - a for a, b in here])[0] if take else own)
+        path.append(rng.choice(here) if here and rng.random() < rate else own)
         start = path[-1][1]
     return path
+
+
+def by_granularity(spans):
+    """The modules of one stack, apart: [[spans of 2 layers], [spans of 3], ...]; [[]] for a stack without modules."""
+    lengths = sorted({stop - start for start, stop in spans})
+    return [[span for span in spans if span[1] - span[0] == length] for length in lengths] or [[]]
 
 
 def realised_rate(path, spans):

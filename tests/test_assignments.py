@@ -144,8 +144,7 @@ EXERCISES = {
         "tests/test_modules.py -k 'sampled_path or position or random_state'", [
             Wrong("a path that skips a layer", "start = path[-1][1]", "start = path[-1][1] + 1",
                   "each of 2 layers once and in order"),
-            Wrong("equal chances for modules of all lengths", "[b - a for a, b in here]", "[1 for _ in here]",
-                  "in proportion to length"),
+            Wrong("always the shortest module", "rng.choice(here)", "here[0]", "all modules have the same chance"),
             Wrong("the rate of the teacher's layers", "rng.random() < rate", "rng.random() >= rate",
                   "at rate 0 the teacher's layers run alone"),
             Wrong("a generator of its own", "rng.random() < rate", "__import__('random').random() < rate",
@@ -174,7 +173,7 @@ EXERCISES = {
     "10 the replacing step": Exercise(
         "distill.py", {"losses": "Both models run freely",
                        "train_modules": "draw an encoder and a decoder path"},
-        "tests/test_distill.py -k 'modules_by_hand or padding or gradients_reach or sampled_rates'", [
+        "tests/test_distill.py -k 'modules_by_hand or padding or gradients_reach or sampled_rates or part_of_every'", [
             Wrong("padding left in the loss", "inputs, real = shift_right(target, config), masks[\"decoder\"]",
                   "inputs, real = shift_right(target, config), torch.ones_like(masks[\"decoder\"])", "without padding"),
             Wrong("the teacher's decoder reads the student's memory",
@@ -192,6 +191,10 @@ EXERCISES = {
                   "the decoder reads targets shifted right"),
             Wrong("a teacher that is not frozen", "fit(bank, step_loss",
                   "teacher.requires_grad_(True)\n    fit(bank, step_loss", "no gradient is kept for the teacher"),
+            Wrong("every granularity on all rows", "source[part == k], target[part == k]", "source, target",
+                  "every row is in one part"),
+            Wrong("the same granularity always has the same rows", "rng.sample(own, len(own))", "own",
+                  "changes from step to step"),
             Wrong("the same draw in every step", 'random.Random(f"{seed} {step}")', "random.Random(seed)",
                   "every step draws anew")]),
     "11 choosing an assembly": Exercise(

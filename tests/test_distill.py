@@ -4,6 +4,7 @@ distill.py: the losses against hand calculations, one training loop, what it mov
     python -m pytest tests/test_distill.py
 """
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -312,11 +313,11 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
     before, start = copy_of(teacher), copy_of(bank)
     for name, weight in bank.named_parameters():
         weight.register_hook(lambda grad, name=name: grads.update({name: grad.abs().max().item()}))
-    d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, seed=3, rate_start=0.7, rate_rise=math.inf)
+    d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, seed=3, rate_start=0.4, rate_rise=math.inf)
     assert same(copy_of(teacher), before), "training modules must leave the teacher as it was, bit for bit"
     assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters()), \
         "no gradient is kept for the teacher"
-    used = {f"{stack}.{a}-{b}." for path, stack in zip(paths, mod.STACKS * 2) for a, b in path if b - a > 1}
+    used = {f"{stack}.{a}-{b}." for path, stack in zip(paths, itertools.cycle(mod.STACKS)) for a, b in path if b - a > 1}
     assert 1 < len(used) < sum(map(len, bank.spans.values())), "the test needs modules on the paths and off them"
     for name, weight in bank.state_dict().items():
         if name.startswith(tuple(used)):
@@ -324,6 +325,42 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
             assert not torch.equal(weight, start[name]), f"{name} is on a path and must move"
         else:
             assert name not in grads and torch.equal(weight, start[name]), f"{name} is on no path and must stay"
+
+
+@pytest.mark.parametrize("granularities", ({"encoder": [2, 4], "decoder": [2, 3, 6]}, {"encoder": [], "decoder": [3]},
+                                           {"encoder": [2], "decoder": [2]}))
+@pytest.mark.parametrize("rows", (1, 2, 7))
+def test_each_granularity_has_its_part_of_every_batch(monkeypatch, granularities, rows):
+    teacher, seen = tiny(), []
+    bank = make_bank(teacher, granularities)
+    ids = torch.arange(2, 2 + rows)[:, None].expand(rows, 3).clone()  # the row's number
+
+    def losses(student, source, target, weights, teacher, layers, paths):
+        assert torch.equal(source, target), "a row keeps its target"
+        seen.append((source[:, 0].tolist(), {stack: {b - a for a, b in paths[stack]} for stack in mod.STACKS}))
+        return {"ce": torch.tensor(float(len(seen)))}
+    monkeypatch.setattr(d, "losses", losses)
+    records, most = [], max(map(len, granularities.values()))
+    d.train_modules(teacher, bank, [(ids, ids)] * 20, 20, lr=1e-2, rate_start=1.0, log=records.append)
+    parts = min(rows, most)
+    assert len(seen) == 20 * parts, "as many parts as the stack with the most granularities has, but no empty one"
+    drawn = {stack: [] for stack in mod.STACKS}
+    for step in range(20):
+        mine = seen[step * parts:step * parts + parts]
+        assert sorted(itertools.chain.from_iterable(own for own, _ in mine)) == ids[:, 0].tolist(), \
+            "every row is in one part of its batch"
+        assert max(len(own) for own, _ in mine) - min(len(own) for own, _ in mine) <= 1, "the parts are of like size"
+        for stack, wanted in granularities.items():
+            lengths = [lengths for _, lengths in mine]
+            assert all(len(one[stack]) == 1 for one in lengths), "at rate 1 a path is of one granularity"
+            drawn[stack].append([*lengths[0][stack]][0])
+            if rows >= most:
+                assert set().union(*(one[stack] for one in lengths)) == set(wanted or [1]), \
+                    "every granularity of a stack trains in every step"
+        assert records[step]["ce"] == pytest.approx(sum(range(step * parts + 1, step * parts + parts + 1)) / parts), \
+            "the step's loss is the mean over the parts"
+    for stack, wanted in granularities.items():
+        assert set(drawn[stack]) == set(wanted or [1]), "which part a granularity gets changes from step to step"
 
 
 def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
@@ -635,7 +672,8 @@ def test_without_a_teacher_none_runs(monkeypatch):
     assert records[0]["loss"] == records[0]["ce"] and "logits" not in records[0], "its loss is cross-entropy alone"
     counts.clear()
     teacher = tiny()
-    d.train_modules(teacher, make_bank(teacher), toy_batches(3), 3, lr=1e-2, weights=d.CE_ONLY)
+    one = make_bank(teacher, {"encoder": [2], "decoder": [3]})  # of one granularity
+    d.train_modules(teacher, one, toy_batches(3), 3, lr=1e-2, weights=d.CE_ONLY)
     assert counts == {id(teacher): 3}, "Theseus runs its path once a step, and not the teacher beside it"
     counts.clear()
     d.train_student(student, toy_batches(3), 3, teacher=teacher, weights=d.WEIGHTS, lr=1e-2)

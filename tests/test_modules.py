@@ -126,7 +126,7 @@ def test_every_sampled_path_tiles(n, rate):
 
 @pytest.mark.parametrize("n, granularities", ((12, [2, 3, 4, 6]), (6, [2, 3]), (8, [2])))
 @pytest.mark.parametrize("rate", (0.25, 0.5, 0.8))
-def test_each_position_takes_modules_at_the_rate_and_by_length(n, granularities, rate):
+def test_each_position_takes_modules_at_the_rate(n, granularities, rate):
     spans, rng = mod.module_spans(n, granularities), random.Random(1)
     seen, took, chosen = [0] * n, [0] * n, {}
     for _ in range(3000):
@@ -144,10 +144,16 @@ def test_each_position_takes_modules_at_the_rate_and_by_length(n, granularities,
         assert abs(took[start] - expected) < 5 * sigma, \
             f"rate {rate}: layer {start} of {n} took a module {took[start]} of {seen[start]} times, not {expected:.0f}"
         for span in here:
-            p = (span[1] - span[0]) / sum(stop - start for start, stop in here)
+            p = 1 / len(here)
             sigma = math.sqrt(took[start] * p * (1 - p))
             assert abs(chosen.get(span, 0) - took[start] * p) <= 5 * sigma, \
-                f"at layer {start} modules are taken in proportion to length, but {span} was {chosen.get(span)} times"
+                f"at layer {start} all modules have the same chance, but {span} was taken {chosen.get(span)} times"
+
+
+def test_by_granularity():
+    assert mod.by_granularity(mod.module_spans(6, [3, 2])) == [[(0, 2), (2, 4), (4, 6)], [(0, 3), (3, 6)]], \
+        "the spans of a stack, apart by their length, the shortest first"
+    assert mod.by_granularity([]) == [[]], "a stack without modules has one way to run: its own layers"
 
 
 @pytest.mark.parametrize("rate", (0.3, 0.5))
