@@ -194,7 +194,7 @@ EXERCISES = {
             Wrong("every granularity on all rows", "source[part == k], target[part == k]", "source, target",
                   "every row is in one part"),
             Wrong("the same granularity always has the same rows", "rng.sample(own, len(own))", "own",
-                  "changes from step to step"),
+                  "draws anew which part"),
             Wrong("the same draw in every step", 'random.Random(f"{seed} {step}")', "random.Random(seed)",
                   "every step draws anew")]),
     "11 choosing an assembly": Exercise(

@@ -360,7 +360,7 @@ def test_each_granularity_has_its_part_of_every_batch(monkeypatch, granularities
         assert records[step]["ce"] == pytest.approx(sum(range(step * parts + 1, step * parts + parts + 1)) / parts), \
             "the step's loss is the mean over the parts"
     for stack, wanted in granularities.items():
-        assert set(drawn[stack]) == set(wanted or [1]), "which part a granularity gets changes from step to step"
+        assert set(drawn[stack]) == set(wanted or [1]), "every step draws anew which part a granularity gets"
 
 
 def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
