@@ -71,6 +71,9 @@ def _write_atomically(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it is about
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -289,9 +289,8 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
                 log({"stage": name, "step": step + 1, "steps": steps, "loss": total, **raw, **weighted, **facts,
                      "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
         if checkpoint and rank == 0 and time.perf_counter() - saved > save_every and step + 1 < steps:
-            with new_file(checkpoint) as f:  # the old one stays until the new one is complete
-                torch.save({"stage": name, "step": step + 1, "sizes": sizes, "weights": trained.state_dict(),
-                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f)
+            save_checkpoint({"stage": name, "step": step + 1, "sizes": sizes, "weights": trained.state_dict(),
+                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, checkpoint)
             saved = time.perf_counter()
 
 
@@ -303,6 +302,15 @@ def average_gradients(parameters):
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
         gradient.copy_(mean.view_as(gradient))
+
+
+def save_checkpoint(state, path):
+    """Write what `load_checkpoint` reads. The old file stays until the new one is complete."""
+    with new_file(path) as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as error:  # torch's own, over what stopped the writing: a full disk, an interrupt
+            raise error.__context__ or error from None
 
 
 def load_checkpoint(path, name):

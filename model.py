@@ -478,6 +478,7 @@ LEFTOVER = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
+MAX_HEADER = 1 << 20  # bytes, for some 8,000 tensors: parsed, JSON may take 30 times its size
 HUB = "https://huggingface.co"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -502,8 +503,8 @@ def read_safetensors(path):
     with open(path, "rb") as f:
         try:
             length = int.from_bytes(f.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"the header ends at byte {8 + length} of {size}")
+            if length > min(size - 8, MAX_HEADER):
+                raise ValueError(f"the header ends at byte {8 + length} of {size}, {8 + MAX_HEADER} at most")
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -528,6 +529,9 @@ def new_file(path):
         with open(part, "wb") as f:
             yield f
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it is about
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -559,7 +563,7 @@ def read_json(path):
     """The JSON object in `path`. Raises ValueError naming the file when it holds something else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -581,8 +585,9 @@ def read_config(path):
     for name, value in values.items():
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             raise ValueError(f"{path}: {name} is {value!r}, not {known[name].__name__}")
-        if known[name] is int and value < (0 if name.endswith("_id") else 1):
-            raise ValueError(f"{path}: {name} is {value}")
+        least, most = 0 if name.endswith("_id") else 1, 1 << (10 if name.endswith("layers") else 20)
+        if known[name] is int and not least <= value <= most:
+            raise ValueError(f"{path}: {name} is {value}, not from {least} to {most}")
     config = T5Config(**values)
     if config.feed_forward_proj not in ("relu", "gated-gelu"):
         raise ValueError(f"{path}: feed_forward_proj is {config.feed_forward_proj!r}, not 'relu' or 'gated-gelu'")
@@ -661,7 +666,7 @@ def load_t5(path):
         state[name] = weights[theirs].float()
     unexpected = sorted(set(weights) - used - {*ALIASES, "lm_head.weight", LEFTOVER})
     if unexpected:
-        raise ValueError(f"{folder}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all)")
+        raise ValueError(f"{folder}: unexpected tensor {unexpected[0]!r} ({len(unexpected)} in all)")
     if config.tie_word_embeddings:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
