@@ -72,7 +72,8 @@ def _write_atomically(path, content):
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it is about
+        if error.errno and not error.filename:
+            error.filename = str(path)  # a full disk does not say which file it is about
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -522,16 +522,24 @@ def read_safetensors(path):
 
 
 @contextmanager
+def naming(path):
+    """An OSError in the block names the file: a full disk does not say by itself which one it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_file(path):
     """`with new_file(path) as f`: a binary file that appears at `path` only when the block ends without an error."""
     part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as f:
+        with naming(path), open(part, "wb") as f:
             yield f
         os.replace(part, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it is about
-        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -751,20 +759,33 @@ def fetch(base, path):
 
 def command_line(run):
     """Make `main(argv=None) -> exit status` of run(argv): what the user got wrong, a ValueError or OSError (or a loss
-    that left the finite numbers), is one line on stderr and status 2, an interrupt is 130, the rest is a bug."""
+    that left the finite numbers, or memory that ran out), is one line on stderr and status 2, an interrupt is 130, the
+    rest is a bug."""
     @functools.wraps(run)
     def main(argv=None):
         """`run`, its errors turned into an exit status."""
         try:
             run(argv)
-        except (ValueError, OSError, FloatingPointError) as error:
-            print(f"{Path(run.__code__.co_filename).name}: {error}", file=sys.stderr)
+        except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+            line = "".join(c if c.isprintable() else " " for c in str(error))  # it may quote a file from anywhere
+            print(f"{Path(run.__code__.co_filename).name}: {line}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         return 0
     return main
+
+
+@contextmanager
+def memory_for(what):
+    """Running out of memory in the block is a MemoryError that says what the memory was for."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU it has no class of its own
+        if not re.search("out of memory|tried to allocate", str(error)):
+            raise
+        raise MemoryError(f"out of memory: {what}") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """What kills a run, and what strangers' files do: many times over, with a fixed seed.
 
-    python tests/bench_survival.py                  # 20 kills, 2,000 mutations of each kind of file
-    python tests/bench_survival.py --kills 2 --mutations 200        # as in tests/test_survival.py
+    python tests/bench_survival.py                                  # 20 stops of each kind, 2,000 mutations of each file
+    python tests/bench_survival.py --stops 1 --mutations 100        # as in tests/test_survival.py
 
 Every case runs in a forked child, so that it can be killed and its memory bounded: Linux and macOS only. Not collected
 by pytest.
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import struct
@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from signal import SIGINT, SIGKILL
 
 import torch
 
@@ -106,11 +107,11 @@ def start(arguments, happened=None, errors=None):
 
 
 def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), SIGKILL)
 
 
 def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), SIGINT)
 
 
 def fill_disk():
@@ -155,45 +156,46 @@ def go_on(out, options):
     return ["--resume", "--out", str(out)] if (out / "args.json").exists() else [*options, *TINY, "--out", str(out)]
 
 
-def stops(folder, kinds, seed=0):
-    """Stop a run in every way that `kinds` lists, take it up again each time, and compare what it leaves with an
-    uninterrupted run's: "kill" and "interrupt" at a random time; kill, interrupt and fill_disk at a random moment of a
-    file's writing. Yields a line a stop; raises AssertionError."""
-    rng, options = random.Random(seed), write_pairs(folder)
+def stops(folder, count, seed=0):
+    """Stop a run `count` times in each of five ways, take it up again each time, and compare what it leaves with an
+    uninterrupted run's. The ways: a kill and an interrupt at a random time; a kill, an interrupt and a full disk at a
+    random moment of a file's writing. Yields a line a stop; raises AssertionError."""
+    rng, options, out, errors = random.Random(seed), write_pairs(folder), folder / "run", folder / "errors"
     seconds, moments = uninterrupted(folder, options)
     names = sorted({text.split()[1] for text in moments})  # each file as often as any other, for all its writes
+    due, stopped, runs, left = [SIGKILL, kill, SIGINT, interrupt, fill_disk] * count, 0, 0, set()
     rng.shuffle(names)
-    kinds, out, stopped, runs, left = list(kinds), folder / "run", 0, 0, set()
-    while kinds or out.exists():
-        kind, arguments, errors = kinds.pop(0) if kinds else None, go_on(out, options), folder / "errors"
-        if kind is None:
-            child, where = start(arguments, errors=errors), "let run to its end"
-        elif isinstance(kind, str):
-            wait = rng.uniform(0, seconds / 3)
-            child, where = start(arguments, errors=errors), f"{kind} after {wait:.2f} s"
+    while due or out.exists():
+        arguments, where = go_on(out, options), "let run to its end"
+        errors.touch()
+        if not due:
+            child = start(arguments, errors=errors)
+        elif due[0] in (SIGKILL, SIGINT):
+            wait = rng.uniform(0.1, seconds / 2)  # a child needs a moment to get into `main`
+            child, where = start(arguments, errors=errors), f"{due[0].name} after {wait:.2f} s"
             time.sleep(wait)
-            os.kill(child, signal.SIGKILL if kind == "kill" else signal.SIGINT)
+            os.kill(child, due[0])
         else:
             name = names[stopped % len(names)]
             moment = rng.choice([text for text in moments if text.split()[1] == name])
             number = 1 + rng.randrange(min(4, moments.count(moment)))
-            where = f"{kind.__name__} at: {moment}, time {number}"
-            child = start(arguments, stop_at(moment, number, kind), errors)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said = errors.read_text(encoding="utf-8") if errors.exists() else ""
+            where = f"{due[0].__name__} at: {moment}, time {number}"
+            child = start(arguments, stop_at(moment, number, due[0]), errors)
+        status, said = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), errors.read_text(encoding="utf-8")
         if status:
-            stopped += 1
-            before, left = left, {str(p.relative_to(out)) for p in out.rglob("*.part")}
-            assert (status, said.count("\n")) in ((-signal.SIGKILL, 0), (130, 1), (2, 1)), \
+            before, left = left, {str(part.relative_to(out)) for part in out.rglob("*.part")}
+            expected = {SIGKILL: -SIGKILL, kill: -SIGKILL, SIGINT: 130, interrupt: 130, fill_disk: 2}[due.pop(0)]
+            assert (status, said.count("\n")) == (expected, status > 0), \
                 f"{where}: {' '.join(arguments)} ended with status {status}: {said}"
             assert status < 0 or left <= before, f"{where}: {left - before} left behind"
+            stopped += 1
             yield f"{stopped}: {where}; status {status}; {said.strip() or 'left behind: ' + ' '.join(sorted(left))}"
-            continue
-        for name in RESULTS:
-            assert (out / name).read_bytes() == (folder / "whole" / name).read_bytes(), f"{name} differs after stops"
-        assert not list(out.rglob("*.part")), "a finished run leaves nothing half-written"
-        shutil.rmtree(out)
-        runs, left = runs + 1, set()
+        else:  # the moment did not come any more
+            for name in RESULTS:
+                assert (out / name).read_bytes() == (folder / "whole" / name).read_bytes(), f"{name} differs after stops"
+            assert not list(out.rglob("*.part")), "a finished run leaves nothing half-written"
+            shutil.rmtree(out)
+            runs, left = runs + 1, set()
     yield f"{stopped} stops in {runs} runs: every result is bitwise that of the uninterrupted run, {seconds:.1f} s"
 
 
@@ -278,67 +280,99 @@ def peak():
     return 1024 * int(status.partition("VmPeak:")[2].split()[0])
 
 
-def fuzz(folder, file, mutations, load, count, seed=0):
-    """Load `count` mutations of `file`, a path within `folder`, in a child. load() must raise a ValueError or OSError of
-    one line that names the file, or return; in two seconds, with the file's size and 64 MB at most. What is wrong is
-    raised as an AssertionError. Returns {outcome: how often}."""
-    path, found, raw = folder / file, folder / "found", (folder / file).read_bytes()
+def fuzz(path, mutations, load, count, memory=math.inf, seed=0):
+    """Load `count` mutations of the file at `path` in a child. load() must raise a ValueError or OSError of one line that
+    names the file or its folder, or return; in two seconds and one for each megabyte, with the file's size and `memory`
+    bytes at most. What is wrong is raised as an AssertionError. Returns {outcome: how often}."""
+    found, errors, raw = path.parent / "found", path.parent / "errors", path.read_bytes()
 
     def run():
         outcomes = {}
-        with contextlib.suppress(ValueError, OSError):
-            load()  # once, so that what is loaded on first use is loaded
+        load()  # once, so that what is made on first use is there
         for i in range(count):
             rng = random.Random(f"{seed} {i}")
             mutated = rng.choice(mutations)(rng, raw)
             path.write_bytes(mutated)
             before, began = peak(), time.perf_counter()
-            signal.alarm(20)
+            signal.alarm(60)  # kills a load that hangs
             try:
-                load()
-                outcome = "loaded"
+                outcome = load() or "loaded"
             except (ValueError, OSError) as error:
-                outcome = type(error).__name__
-                if str(folder) not in str(error) or "\n" in str(error):
-                    raise AssertionError(f"mutation {i}: {str(error)[:300]!r} is not a line that names the file") from error
+                outcome, line = type(error).__name__, str(error)
+                if not line.startswith(str(path.parent)) or "\n" in line:
+                    raise AssertionError(f"mutation {i}: {line[:300]!r} is not a line about the file") from error
             except BaseException as error:
                 raise AssertionError(f"mutation {i}: {type(error).__name__}") from error
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             took, more = time.perf_counter() - began, peak() - before
             assert took < 2 + len(mutated) / 1e6, f"mutation {i} took {took:.1f} s"
-            assert more <= len(mutated) + 64e6, f"mutation {i}, {len(mutated):,} bytes, took {more:,} bytes of memory"
+            assert more <= len(mutated) + memory, f"mutation {i}, {len(mutated):,} bytes, took {more:,} bytes of memory"
         found.write_text(json.dumps(outcomes), encoding="utf-8")
         return 0
-    errors = folder / "errors"
     status = os.waitstatus_to_exitcode(os.waitpid(forked(run, errors), 0)[1])
     path.write_bytes(raw)
-    assert status == 0, f"{file}: status {status}: {errors.read_text(encoding='utf-8')}"
+    assert status == 0, f"{path.name}: status {status}: {errors.read_text(encoding='utf-8')}"
     return json.loads(found.read_text(encoding="utf-8"))
 
 
 def fuzz_weights(folder, count, seed=0):
-    """Mutations of model.safetensors, config.json and pytorch_model.bin of a small T5."""
-    t5 = Path(folder, "t5")
+    """Mutations of model.safetensors, config.json and pytorch_model.bin of a small T5: (file, outcomes) of each."""
+    t5 = folder / "t5"
     shutil.copytree(Path(__file__).parent / "fixtures" / "t5_tied", t5)
-    yield "model.safetensors", fuzz(t5, "model.safetensors", (mutate_bytes, mutate_header, mutate_header),
-                                    lambda: model.load_t5(t5), count, seed)
-    yield "config.json", fuzz(t5, "config.json", (mutate_bytes, mutate_fields, mutate_fields), lambda: model.load_t5(t5),
-                              count, seed)
-    torch.save(model.read_safetensors(t5 / "model.safetensors"), t5 / "pytorch_model.bin")
-    (t5 / "model.safetensors").unlink()
-    yield "pytorch_model.bin", fuzz(t5, "pytorch_model.bin", (mutate_bytes,), lambda: model.load_t5(t5), count, seed)
+
+    def load():
+        model.load_t5(t5)
+    for file, *mutations in (("model.safetensors", mutate_bytes, mutate_header, mutate_header),
+                             ("config.json", mutate_bytes, mutate_fields, mutate_fields),
+                             ("pytorch_model.bin", mutate_bytes)):
+        if file.endswith(".bin"):
+            torch.save(model.read_safetensors(t5 / "model.safetensors"), t5 / file)
+            (t5 / "model.safetensors").unlink()
+        yield file, fuzz(t5 / file, mutations, load, count, 64e6, seed)
+
+
+def fuzz_text(folder, count, seed=0):
+    """Mutations of a .tsv and a .jsonl: what is read must go through the tokenizer and into batches."""
+    pairs = [(f"{s} é", t) for s, t in data.toy_corpus(40, seed=1)]
+    tokenizer = data.train_tokenizer((text for pair in pairs for text in pair), folder / "spiece.model", 100)
+    (folder / "pairs.tsv").write_bytes("".join(f"{s}\t{t}\n" for s, t in pairs).encode())
+    (folder / "pairs.jsonl").write_bytes("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in pairs).encode())
+
+    def enlarge(rng, raw):
+        """One line of a megabyte, once in a while."""
+        at, long = rng.randrange(len(raw)), rng.choice((b"a", b"a b ", "\u20ac".encode(), b"\xff", b"\t", b"\0", b"\\", b" "))
+        return raw[:at] + long * (rng.choice((100,) * 19 + (1_000_000,)) // len(long)) + raw[at:]
+
+    def escape(rng, raw):
+        """A JSON escape or another value where a letter was."""
+        at = rng.randrange(len(raw))
+        return raw[:at] + rng.choice((b"\\ud800", b"\\udc00\\ud800", b"\\u0000", b"\\u2028", b"\\n", b"\\", b'": {"', b'": NaN, "',
+                                      b'": ' + b"9" * 5000 + b', "', b'": ' + b"[" * 9999)) + raw[at + 1:]
+    for file in ("pairs.tsv", "pairs.jsonl"):
+        def load():
+            try:
+                read = data.read_pairs(folder / file)
+            except ValueError as error:
+                assert re.match(rf"{re.escape(str(folder / file))}(:\d+: |: empty file)", str(error)), error
+                raise
+            batches = data.Batches(data.encode_pairs(tokenizer, read, 64)[0], 512, tokenizer.pad_id, 0)
+            for k in range(len(batches)):
+                for ids in batches[k]:
+                    assert 0 <= ids.min() and ids.max() < tokenizer.vocab_size
+        yield file, fuzz(folder / file, (mutate_bytes, mutate_bytes, enlarge, escape), load, count, seed=seed)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--mutations", type=int, default=2000)
+    parser.add_argument("--stops", type=int, default=20, help="of each of five ways to stop a run")
+    parser.add_argument("--mutations", type=int, default=2000, help="of each kind of file")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        kinds = ["kill", kill, "interrupt", interrupt, fill_disk]
-        for line in stops(Path(folder), kinds * (asked.kills // 2), asked.seed):
-            print(line, flush=True)
-        for file, outcomes in fuzz_weights(folder, asked.mutations, asked.seed):
-            print(f"{asked.mutations} mutations of {file}: {outcomes}", flush=True)
+        if asked.stops:
+            for line in stops(Path(folder), asked.stops, asked.seed):
+                print(line, flush=True)
+        for fuzz_kind in (fuzz_weights, fuzz_text) if asked.mutations else ():
+            for file, outcomes in fuzz_kind(Path(folder), asked.mutations, asked.seed):
+                print(f"{asked.mutations} mutations of {file}: {outcomes}", flush=True)
