@@ -11,6 +11,7 @@ Read it downwards: config, norm, positions, attention, layers, stack, T5, genera
 """
 import argparse
 import functools
+import io
 import json
 import math
 import os
@@ -764,15 +765,22 @@ def command_line(run):
     @functools.wraps(run)
     def main(argv=None):
         """`run`, its errors turned into an exit status."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # else a pipe on Windows takes the letters of one language alone
+            sys.stdout.reconfigure(encoding="utf-8")
         try:
             run(argv)
-        except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        except BaseException as error:
+            cause = error
+            while cause and not isinstance(cause, KeyboardInterrupt):  # a library may have made another error of it
+                cause = cause.__context__
+            if cause:
+                print("interrupted", file=sys.stderr)
+                return 130
+            if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)):
+                raise
             line = "".join(c if c.isprintable() else " " for c in str(error))  # it may quote a file from anywhere
             print(f"{Path(run.__code__.co_filename).name}: {line}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
         return 0
     return main
 

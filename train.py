@@ -163,8 +163,9 @@ def main(argv):
 
     train, cut = encode_pairs(tokenizer, pairs["train"], args.max_length)
     batches = Batches(train, args.batch_tokens, tokenizer.pad_id, args.seed)
-    say(f"{len(train):,} training pairs ({cut} sequences cut at {args.max_length} tokens), {len(batches)} batches an "
-        f"epoch; {args.device}, {args.dtype}")
+    score = Scorer(args, tokenizer, pairs, teacher)
+    say(f"{len(train):,} training pairs, {len(batches)} batches an epoch; sequences cut at {args.max_length} tokens: "
+        f"{cut} of train, {score.cut['valid']} of valid, {score.cut['test']} of test; {args.device}, {args.dtype}")
     loop = dict(seed=args.seed, dtype=dtype, log=log, checkpoint=out / "checkpoint.pt")
 
     teacher.to(args.device)
@@ -185,7 +186,6 @@ def main(argv):
             (out / "damage.json").unlink(missing_ok=True)  # of an older bank
             save_bank(bank, bank_file)
 
-    score = Scorer(args, tokenizer, pairs, teacher)
     baselines = {}
     for kind, encoder, decoder in parse_baselines(args.baselines):
         name = f"{kind} {encoder}+{decoder}"
@@ -412,7 +412,7 @@ def show_sample(teacher, bank, tokenizer, pair, args):
     source = torch.tensor([encode_pairs(tokenizer, [pair], args.max_length)[0][0][0]], device=args.device)
     sample = {"source": pair[0], "reference": pair[1],
               **{name: tokenizer.decode(model.generate(source, args.max_length)[0]) for name, model in models.items()}}
-    say("\n".join(f"    {name:<9}  {text}" for name, text in sample.items()))
+    say("\n".join(f"    {name:<9}  {text[:100]}" for name, text in sample.items()))
     return sample
 
 
@@ -423,8 +423,9 @@ class Scorer:
         self.file, self.rows = args.out / "results.json", {}
         if self.file.exists():
             self.rows = read_json(self.file)["rows"]
-        self.sources = [source for source, _ in encode_pairs(tokenizer, self.pairs, args.max_length)[0]]
-        valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)[0]
+        test, cut = encode_pairs(tokenizer, self.pairs, args.max_length)
+        valid, cut_valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)
+        self.sources, self.cut = [source for source, _ in test], {"valid": cut_valid, "test": cut}
         batches = Batches(valid, args.batch_tokens, tokenizer.pad_id, seed=0)
         self.valid_batches = [batches[k] for k in range(len(batches))]
 

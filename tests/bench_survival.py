@@ -26,6 +26,7 @@ from pathlib import Path
 from signal import SIGINT, SIGKILL
 
 import torch
+import torch._dynamo  # a second or two, which every child would spend anew  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
