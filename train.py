@@ -149,8 +149,8 @@ def main(argv):
     log_file = open_log(out / "log.jsonl")
 
     def log(record):
-        """Append a record to log.jsonl; without a progress bar, print every tenth. Of the bank's, every tenth shows what
-        it makes of one sentence."""
+        """Append a record to log.jsonl; without a progress bar, print every tenth. Every tenth of the bank's shows what
+        the models make of one sentence by now."""
         if tenth(record) and not sys.stderr.isatty():  # no progress bar there
             say(f"{record['stage']}: step {record['step']} of {record['steps']}, loss {record['loss']:.3f}, "
                 f"{record['tokens_per_s']:,.0f} tokens/s")

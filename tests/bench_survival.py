@@ -1,7 +1,7 @@
 """What kills a run, and what strangers' files do: many times over, with a fixed seed.
 
-    python tests/bench_survival.py                                  # 20 stops of each kind, 2,000 mutations of each file
-    python tests/bench_survival.py --stops 1 --mutations 100        # as in tests/test_survival.py
+    python tests/bench_survival.py                               # 20 stops of each kind, 2,000 mutations of each file
+    python tests/bench_survival.py --stops 1 --mutations 100     # as in tests/test_survival.py
 
 Every case runs in a forked child, so that it can be killed and its memory bounded: Linux and macOS only. Not collected
 by pytest.
@@ -34,9 +34,9 @@ import distill
 import model
 import train
 
-TINY = ["--layers", "2", "--granularities", "2", "--d-model", "32", "--vocab", "80", "--teacher-steps", "6", "--steps",
-        "6", "--batch-tokens", "512", "--max-length", "12", "--device", "cpu", "--dtype", "float32", "--metric", "exact",
-        "--baselines", "kd:1+1"]
+TINY = ["--layers", "2", "--granularities", "2", "--d-model", "32", "--vocab", "80", "--teacher-steps", "6",
+        "--steps", "6", "--batch-tokens", "512", "--max-length", "12", "--device", "cpu", "--dtype", "float32",
+        "--metric", "exact", "--baselines", "kd:1+1"]
 RESULTS = ("teacher/model.safetensors", "bank.safetensors", "baselines/kd-1+1/model.safetensors", "spiece.model",
            "valid.safetensors")
 
@@ -193,7 +193,8 @@ def stops(folder, count, seed=0):
             yield f"{stopped}: {where}; status {status}; {said.strip() or 'left behind: ' + ' '.join(sorted(left))}"
         else:  # the moment did not come any more
             for name in RESULTS:
-                assert (out / name).read_bytes() == (folder / "whole" / name).read_bytes(), f"{name} differs after stops"
+                same = (out / name).read_bytes() == (folder / "whole" / name).read_bytes()
+                assert same, f"{name} is not what an uninterrupted run makes"
             assert not list(out.rglob("*.part")), "a finished run leaves nothing half-written"
             shutil.rmtree(out)
             runs, left = runs + 1, set()
@@ -282,9 +283,9 @@ def peak():
 
 
 def fuzz(path, mutations, load, count, memory=math.inf, seed=0):
-    """Load `count` mutations of the file at `path` in a child. load() must raise a ValueError or OSError of one line that
-    names the file or its folder, or return; in two seconds and one for each megabyte, with the file's size and `memory`
-    bytes at most. What is wrong is raised as an AssertionError. Returns {outcome: how often}."""
+    """Load `count` mutations of the file at `path` in a child. load() must raise a ValueError or OSError of one line
+    that names the file or its folder, or return; in two seconds and one for each megabyte, with the file's size and
+    `memory` bytes at most. What is wrong is raised as an AssertionError. Returns {outcome: how often}."""
     found, errors, raw = path.parent / "found", path.parent / "errors", path.read_bytes()
 
     def run():
@@ -332,23 +333,27 @@ def fuzz_weights(folder, count, seed=0):
         yield file, fuzz(t5 / file, mutations, load, count, 64e6, seed)
 
 
+def enlarge(rng, raw):
+    """raw with a long line in it, once in a while of a megabyte."""
+    at = rng.randrange(len(raw))
+    some = rng.choice((b"a", b"a b ", "\u20ac".encode(), b"\xff", b"\t", b"\0", b"\\", b" "))
+    return raw[:at] + some * (rng.choice((100,) * 19 + (1_000_000,)) // len(some)) + raw[at:]
+
+
+def escape(rng, raw):
+    """raw with a JSON escape or another value where a letter was."""
+    at = rng.randrange(len(raw))
+    return raw[:at] + rng.choice((b"\\ud800", b"\\udc00\\ud800", b"\\u0000", b"\\u2028", b"\\n", b"\\", b'": {"',
+                                  b'": NaN, "', b'": ' + b"9" * 5000 + b', "', b'": ' + b"[" * 9999)) + raw[at + 1:]
+
+
 def fuzz_text(folder, count, seed=0):
-    """Mutations of a .tsv and a .jsonl: what is read must go through the tokenizer and into batches."""
-    pairs = [(f"{s} é", t) for s, t in data.toy_corpus(40, seed=1)]
+    """Mutations of a .tsv, a .jsonl and a spiece.model: what is read must go through the tokenizer and into batches."""
+    pairs = [(f"{s} \u00e9", t) for s, t in data.toy_corpus(40, seed=1)]
     tokenizer = data.train_tokenizer((text for pair in pairs for text in pair), folder / "spiece.model", 100)
     (folder / "pairs.tsv").write_bytes("".join(f"{s}\t{t}\n" for s, t in pairs).encode())
-    (folder / "pairs.jsonl").write_bytes("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in pairs).encode())
-
-    def enlarge(rng, raw):
-        """One line of a megabyte, once in a while."""
-        at, long = rng.randrange(len(raw)), rng.choice((b"a", b"a b ", "\u20ac".encode(), b"\xff", b"\t", b"\0", b"\\", b" "))
-        return raw[:at] + long * (rng.choice((100,) * 19 + (1_000_000,)) // len(long)) + raw[at:]
-
-    def escape(rng, raw):
-        """A JSON escape or another value where a letter was."""
-        at = rng.randrange(len(raw))
-        return raw[:at] + rng.choice((b"\\ud800", b"\\udc00\\ud800", b"\\u0000", b"\\u2028", b"\\n", b"\\", b'": {"', b'": NaN, "',
-                                      b'": ' + b"9" * 5000 + b', "', b'": ' + b"[" * 9999)) + raw[at + 1:]
+    (folder / "pairs.jsonl").write_bytes("".join(json.dumps({"source": s, "target": t}) + "\n"
+                                                 for s, t in pairs).encode())
     for file in ("pairs.tsv", "pairs.jsonl"):
         def load():
             try:
@@ -361,6 +366,11 @@ def fuzz_text(folder, count, seed=0):
                 for ids in batches[k]:
                     assert 0 <= ids.min() and ids.max() < tokenizer.vocab_size
         yield file, fuzz(folder / file, (mutate_bytes, mutate_bytes, enlarge, escape), load, count, seed=seed)
+
+    def load():
+        changed = data.Tokenizer(folder / "spiece.model")
+        changed.decode(changed.encode(pairs[0][0]))
+    yield "spiece.model", fuzz(folder / "spiece.model", (mutate_bytes,), load, count, 64e6, seed)
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def test_resume_puts_right_what_was_left(finished, tmp_path):
 
 def fails(files, out, capsys, *options):
     """The one line of a run that must end with exit status 2."""
-    status = train.main([*data_args(files), *SMALL, "--layers", "2", "--granularities", "2", "--out", str(out), *options])
+    status = train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(out), *options])
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
     return err
@@ -328,8 +328,9 @@ def test_a_loss_that_explodes_is_one_line(files, tmp_path, capsys):
     assert "teacher: the loss is not finite at step " in err and "ce " in err and "lower learning rate" in err
 
 
-@pytest.mark.parametrize("where, words", (("losses", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
-                                          ("generate", ("teacher: 3 beams for 10 sentences", "--num-beams"))))
+@pytest.mark.parametrize("where, words", (
+    ("losses", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
+    ("generate", ("teacher: 3 beams for 10 sentences", "--num-beams"))))
 def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, words):
     def full(*_, **__):
         torch.empty(10**15)
