@@ -19,6 +19,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from http.client import HTTPException
@@ -624,6 +625,10 @@ def read_shards(index):
 def read_bin(path):
     """A PyTorch weight file -> {name: tensor}; no pickled code is run. Raises ValueError naming the file."""
     try:
+        if zipfile.is_zipfile(path):  # torch stores tensors as they are; packed, a small file could fill the memory
+            with zipfile.ZipFile(path) as entries:
+                if sum(entry.file_size for entry in entries.infolist()) > Path(path).stat().st_size:
+                    raise ValueError("its entries are larger than the file")
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -701,6 +702,18 @@ def test_code_in_a_bin_is_not_run(folder, tmp_path):
     torch.save({"shared.weight": Code(tmp_path / "run")}, folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin", error=ValueError)
     assert not (tmp_path / "run").exists(), "loading weights must not run code from the file"
+
+
+def test_packed_bin_is_refused_unread(folder, monkeypatch):
+    """Some kilobytes that would be gigabytes in memory."""
+    (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": torch.zeros(100_000)}, folder / "loose.bin")
+    with zipfile.ZipFile(folder / "loose.bin") as loose, \
+            zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in loose.infolist():
+            packed.writestr(entry.filename, loose.read(entry))
+    monkeypatch.setattr(torch, "load", None)
+    refused(folder, "pytorch_model.bin", "larger than the file", error=ValueError)
 
 
 @pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin"))
