@@ -783,7 +783,8 @@ def command_line(run):
                 return 130
             if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)):
                 raise
-            line = "".join(c if c.isprintable() else " " for c in str(error))  # it may quote a file from anywhere
+            text = str(error) or "out of memory"  # Python's own MemoryError says nothing
+            line = "".join(c if c.isprintable() else " " for c in text)  # it may quote a file from anywhere
             print(f"{Path(run.__code__.co_filename).name}: {line}", file=sys.stderr)
             return 2
         return 0

@@ -955,6 +955,7 @@ def ends(error, context=None):
 @pytest.mark.parametrize("error, context, status, line", (
     (ValueError("a.tsv:3: bad\n\x1b[2J"), None, 2, "test_model.py: a.tsv:3: bad  [2J\n"),
     (MemoryError("a batch of 3 x 4"), None, 2, "test_model.py: a batch of 3 x 4\n"),
+    (MemoryError(), None, 2, "test_model.py: out of memory\n"),
     (torch.OutOfMemoryError("CUDA out of memory."), None, 2, "test_model.py: CUDA out of memory.\n"),
     (FloatingPointError("step 3"), None, 2, "test_model.py: step 3\n"),
     (KeyboardInterrupt(), None, 130, "interrupted\n"),
