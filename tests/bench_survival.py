@@ -3,8 +3,8 @@
     python tests/bench_survival.py                               # 20 stops of each kind, 2,000 mutations of each file
     python tests/bench_survival.py --stops 1 --mutations 100     # as in tests/test_survival.py
 
-Every case runs in a forked child, so that it can be killed and its memory bounded: Linux and macOS only. Not collected
-by pytest.
+Every case runs in a forked child, so that it can be killed and its memory read from /proc: Linux only. Not collected by
+pytest.
 """
 import argparse
 import contextlib
