@@ -71,6 +71,10 @@ def _write_atomically(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)  # a full disk does not say which file it is about
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,7 +94,7 @@ def train_tokenizer(texts, path, vocab_size):
             max_sentence_length=1 << 20,  # the default drops texts over 4,192 bytes: articles, say
             num_threads=2, minloglevel=2)  # sums are per thread: a fixed number gives the same file anywhere
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1] or "no text, or more letters than pieces"
+        reason = str(error).split("] ")[-1] or "no text in lines up to 1 MB, or more letters than pieces"
         raise ValueError(f"cannot train a tokenizer of {vocab_size} SentencePiece pieces: {reason}") from error
     _write_atomically(path, model.getvalue())
     return Tokenizer(path)

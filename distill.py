@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import new_file
+from model import memory_for, new_file
 from modules import STACKS, by_granularity, path_of, realised_rate, replacement_rate, sample_path, with_layers
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
@@ -261,9 +261,11 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
     off goes on from its last checkpoint as if nothing had happened, bit for bit on a CPU with as many processes.
     dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`)
     as a share of each tensor's `size` at the start.
-    log(record) receives a dict every 1 % of the steps. checkpoint: a path, written every `save_every` seconds.
+    log(record) receives a dict every 1 % of the steps; in float16 its "skipped" counts the steps since the last one
+    whose gradients overflowed, which move nothing. checkpoint: a path, written every `save_every` seconds.
     Under torchrun every process takes its share of each batch's rows; the first alone logs and writes.
-    Raises FloatingPointError, naming the step and the terms, for a loss that is not finite.
+    Raises FloatingPointError, naming the step and the terms, for a loss that is not finite, and MemoryError, naming
+    the step and the batch's shape.
     """
     parameters = list(trained.parameters())
     device = parameters[0].device
@@ -278,27 +280,34 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
         for part, key in ((trained, "weights"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[key])
     first = state["step"] if state else 0
-    saved, started, tokens = time.perf_counter(), time.perf_counter(), 0
+    saved, started, tokens, skipped = time.perf_counter(), time.perf_counter(), 0, 0
     for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=rank > 0 or None)):
         torch.manual_seed((seed * 1_000_003 + step) * world + rank)  # dropout
         source, target = (ids[rank::world].to(device, non_blocking=True) for ids in batches[step])
-        with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
-            terms, facts = step_loss(step, source, target)
-        loss = sum(weights[term] * value for term, value in terms.items())
+        B, S, T = *source.shape, target.size(1)
+        with memory_for(f"{name}, step {step}: {B} x {S} source and {B} x {T} target tokens: lower --batch-tokens or "
+                        f"--max-length"):
+            with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
+                terms, facts = step_loss(step, source, target)
+            loss = sum(weights[term] * value for term, value in terms.items())
+            if loss.requires_grad:  # else no module lies on this step's paths, and nothing can learn
+                scaler.scale(loss).backward()
         if not torch.isfinite(loss):
             values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
-            raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}")
+            raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}; a lower learning rate "
+                                     f"may help")
         norm = torch.zeros(())
-        if loss.requires_grad:  # else no module lies on this step's paths, and nothing can learn
-            scaler.scale(loss).backward()
+        if loss.requires_grad:
             if world > 1:
                 average_gradients(parameters)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * learning_rate(step, steps, lr)
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            skipped += scaler.get_scale() < scale  # float16 overflowed: no step, and the next at half the scale
             optimizer.zero_grad(set_to_none=True)
 
         tokens += source.numel() + target.numel()
@@ -308,13 +317,14 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
             weighted = {f"{term}_weighted": weights[term] * value for term, value in raw.items()}
             total = sum(weighted.values())
             bar.set_postfix_str(f"loss {total:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            if scaler.is_enabled():
+                facts, skipped = {**facts, "skipped": skipped}, 0
             if log and rank == 0:
                 log({"stage": name, "step": step + 1, "steps": steps, "loss": total, **raw, **weighted, **facts,
                      "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
         if checkpoint and rank == 0 and time.perf_counter() - saved > save_every and step + 1 < steps:
-            with new_file(checkpoint) as f:  # the old one stays until the new one is complete
-                torch.save({"stage": name, "step": step + 1, "sizes": sizes, "weights": trained.state_dict(),
-                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, f)
+            save_checkpoint({"stage": name, "step": step + 1, "sizes": sizes, "weights": trained.state_dict(),
+                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, checkpoint)
             saved = time.perf_counter()
 
 
@@ -326,6 +336,15 @@ def average_gradients(parameters):
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
         gradient.copy_(mean.view_as(gradient))
+
+
+def save_checkpoint(state, path):
+    """Write what `load_checkpoint` reads. The old file stays until the new one is complete."""
+    with new_file(path) as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as error:  # torch's own, over what stopped the writing: a full disk, an interrupt
+            raise error.__context__ or error from None
 
 
 def load_checkpoint(path, name):

@@ -11,6 +11,7 @@ Read it downwards: config, norm, positions, attention, layers, stack, T5, genera
 """
 import argparse
 import functools
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from http.client import HTTPException
@@ -484,6 +486,7 @@ LEFTOVER = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
+MAX_HEADER = 1 << 20  # bytes, for some 8,000 tensors: parsed, JSON may take 30 times its size
 HUB = "https://huggingface.co"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -511,8 +514,8 @@ def read_safetensors(path):
     with open(path, "rb") as f:
         try:
             length = int.from_bytes(f.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"the header ends at byte {8 + length} of {size}")
+            if length > min(size - 8, MAX_HEADER):
+                raise ValueError(f"the header ends at byte {8 + length} of {size}, {8 + MAX_HEADER} at most")
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -530,11 +533,22 @@ def read_safetensors(path):
 
 
 @contextmanager
+def naming(path):
+    """An OSError in the block names the file: a full disk does not say by itself which one it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_file(path):
     """`with new_file(path) as f`: a binary file that appears at `path` only when the block ends without an error."""
     part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as f:
+        with naming(path), open(part, "wb") as f:
             yield f
         os.replace(part, path)
     finally:
@@ -568,7 +582,7 @@ def read_json(path):
     """The JSON object in `path`. Raises ValueError naming the file when it holds something else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -590,8 +604,9 @@ def read_config(path):
     for name, value in values.items():
         if type(value) is not known[name] and not (known[name] is float and type(value) is int):
             raise ValueError(f"{path}: {name} is {value!r}, not {known[name].__name__}")
-        if known[name] is int and value < (0 if name.endswith("_id") else 1):
-            raise ValueError(f"{path}: {name} is {value}")
+        least, most = 0 if name.endswith("_id") else 1, 1 << (10 if name.endswith("layers") else 20)
+        if known[name] is int and not least <= value <= most:
+            raise ValueError(f"{path}: {name} is {value}, not from {least} to {most}")
     config = T5Config(**values)
     if config.feed_forward_proj not in ("relu", "gated-gelu"):
         raise ValueError(f"{path}: feed_forward_proj is {config.feed_forward_proj!r}, not 'relu' or 'gated-gelu'")
@@ -619,6 +634,10 @@ def read_shards(index):
 def read_bin(path):
     """A PyTorch weight file -> {name: tensor}; no pickled code is run. Raises ValueError naming the file."""
     try:
+        if zipfile.is_zipfile(path):  # torch stores tensors as they are; packed, a small file could fill the memory
+            with zipfile.ZipFile(path) as entries:
+                if sum(entry.file_size for entry in entries.infolist()) > Path(path).stat().st_size:
+                    raise ValueError("its entries are larger than the file")
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -670,7 +689,7 @@ def load_t5(path):
         state[name] = weights[theirs].float()
     unexpected = sorted(set(weights) - used - {*ALIASES, "lm_head.weight", LEFTOVER})
     if unexpected:
-        raise ValueError(f"{folder}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all)")
+        raise ValueError(f"{folder}: unexpected tensor {unexpected[0]!r} ({len(unexpected)} in all)")
     if config.tie_word_embeddings:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
@@ -755,20 +774,41 @@ def fetch(base, path):
 
 def command_line(run):
     """Make `main(argv=None) -> exit status` of run(argv): what the user got wrong, a ValueError or OSError (or a loss
-    that left the finite numbers), is one line on stderr and status 2, an interrupt is 130, the rest is a bug."""
+    that left the finite numbers, or memory that ran out), is one line on stderr and status 2, an interrupt is 130, the
+    rest is a bug."""
     @functools.wraps(run)
     def main(argv=None):
         """`run`, its errors turned into an exit status."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # else a pipe on Windows takes the letters of one language alone
+            sys.stdout.reconfigure(encoding="utf-8")
         try:
             run(argv)
-        except (ValueError, OSError, FloatingPointError) as error:
-            print(f"{Path(run.__code__.co_filename).name}: {error}", file=sys.stderr)
+        except BaseException as error:
+            cause = error
+            while cause and not isinstance(cause, KeyboardInterrupt):  # a library may have made another error of it
+                cause = cause.__context__
+            if cause:
+                print("interrupted", file=sys.stderr)
+                return 130
+            if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)):
+                raise
+            text = str(error) or "out of memory"  # Python's own MemoryError says nothing
+            line = "".join(c if c.isprintable() else " " for c in text)  # it may quote a file from anywhere
+            print(f"{Path(run.__code__.co_filename).name}: {line}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
         return 0
     return main
+
+
+@contextmanager
+def memory_for(what):
+    """Running out of memory in the block is a MemoryError that says what the memory was for."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU it has no class of its own
+        if not re.search("out of memory|tried to allocate", str(error)):
+            raise
+        raise MemoryError(f"out of memory: {what}") from None
 
 
 class Parser(argparse.ArgumentParser):

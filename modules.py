@@ -137,7 +137,7 @@ def load_bank(path, teacher):
     ours = bank.state_dict()
     for name in {**ours, **weights}:
         if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
-            raise ValueError(f"{path}: tensor {name} is missing or does not fit the teacher")
+            raise ValueError(f"{path}: tensor {name!r} is missing or does not fit the teacher")
     bank.load_state_dict(weights)
     return bank
 

@@ -30,7 +30,8 @@ from assemble import assemble, choose, depths, export, parameters, path_of_depth
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
 from distill import CE_ONLY, WEIGHTS, pick_dtype, shrink, train_modules, train_student, validation_loss
-from model import T5, Parser, T5Config, command_line, find_t5, load_t5, new_file, read_json, write_json
+from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, read_json,
+                   write_json)
 from modules import STACKS, Bank, divisors, load_bank, module_spans, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
@@ -83,6 +84,8 @@ def parse_args(argv):
                    if name not in ("out", "resume", "device") and value != p.get_default(name)]
         if changed:
             raise ValueError(f"--resume keeps the run's own settings: leave out --{changed[0].replace('_', '-')}")
+        if not (args.out / "args.json").exists():
+            raise ValueError(f"{args.out}: holds no run to go on with: begin one without --resume")
         settings = read_json(args.out / "args.json")
         missing = set(vars(args)) - set(settings) - {"out", "resume", "device"}
         if missing:
@@ -143,22 +146,26 @@ def main(argv):
         pairs = read_data(args)
         teacher, tokenizer = start_run(args, pairs)
     out, dtype = args.out, getattr(torch, args.dtype)
-    log_file = open(out / "log.jsonl", "a", encoding="utf-8")
+    log_file = open_log(out / "log.jsonl")
 
     def log(record):
-        """Append a record to log.jsonl; without a progress bar, print every tenth."""
-        record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}  # JSON
-        log_file.write(json.dumps(record) + "\n")
-        log_file.flush()
-        tenth = 10 * max(1, record["steps"] // 100)  # as records come every hundredth
-        if not sys.stderr.isatty() and (record["step"] == 1 or record["step"] % tenth == 0):  # no progress bar there
+        """Append a record to log.jsonl; without a progress bar, print every tenth. Every tenth of the bank's shows what
+        the models make of one sentence by now."""
+        if tenth(record) and not sys.stderr.isatty():  # no progress bar there
             say(f"{record['stage']}: step {record['step']} of {record['steps']}, loss {record['loss']:.3f}, "
                 f"{record['tokens_per_s']:,.0f} tokens/s")
+        if tenth(record) and record["stage"] == "bank":
+            record["sample"] = show_sample(teacher, bank, tokenizer, pairs["valid"][0], args)
+        record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}  # JSON
+        with naming(out / "log.jsonl"):
+            log_file.write(json.dumps(record).encode() + b"\n")
+            log_file.flush()
 
     train, cut = encode_pairs(tokenizer, pairs["train"], args.max_length)
     batches = Batches(train, args.batch_tokens, tokenizer.pad_id, args.seed)
-    say(f"{len(train):,} training pairs ({cut} sequences cut at {args.max_length} tokens), {len(batches)} batches an "
-        f"epoch; {args.device}, {args.dtype}")
+    score = Scorer(args, tokenizer, pairs, teacher)
+    say(f"{len(train):,} training pairs, {len(batches)} batches an epoch; sequences cut at {args.max_length} tokens: "
+        f"{cut} of train, {score.cut['valid']} of valid, {score.cut['test']} of test; {args.device}, {args.dtype}")
     loop = dict(seed=args.seed, dtype=dtype, log=log, checkpoint=out / "checkpoint.pt")
 
     teacher.to(args.device)
@@ -176,10 +183,9 @@ def main(argv):
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, name="bank", **loop)
         if first:
-            save_bank(bank, bank_file)
             (out / "damage.json").unlink(missing_ok=True)  # of an older bank
+            save_bank(bank, bank_file)
 
-    score = Scorer(args, tokenizer, pairs, teacher)
     baselines = {}
     for kind, encoder, decoder in parse_baselines(args.baselines):
         name = f"{kind} {encoder}+{decoder}"
@@ -204,7 +210,8 @@ def main(argv):
         score(name, load_t5(folder).to(args.device))
     with new_file(out / "frontier.svg") as f:
         f.write(frontier(score.rows, args.metric).encode())
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "checkpoint.pt.part"):  # the latter of a run that was killed as it wrote
+        (out / name).unlink(missing_ok=True)
     say("\n" + table(score.rows, args.metric) + f"\n\nrun folder: {out}")
 
 
@@ -249,6 +256,20 @@ def say(text):
         sys.stdout.flush()
 
 
+def open_log(path):
+    """The file, to append lines to: cut back to its last whole one, as a full disk may have cut one short."""
+    f = open(path, "a+b")
+    f.seek(0)
+    f.truncate(f.read().rfind(b"\n") + 1)
+    return f
+
+
+def tenth(record):
+    """Is this a stage's first record, its last, or that of another tenth of its steps? Records come each hundredth."""
+    step, steps = record["step"], record["steps"]
+    return step in (1, steps) or step % (10 * max(1, steps // 100)) == 0
+
+
 def read_data(args):
     """{"train": [(source, target), ...], "valid": ..., "test": ...} of the files asked for, or of the toy task."""
     if not args.train:
@@ -260,7 +281,7 @@ def start_run(args, pairs):
     """Make the run folder, or check the one to resume. Returns the teacher, trained or yet to train, and the tokenizer.
     Raises ValueError if there is a run in the folder and --resume was not given: nothing is overwritten."""
     out, teacher = args.out, None
-    if not args.resume and (out / "args.json").exists():
+    if not args.resume and any((out / name).exists() for name in ("args.json", "teacher", "checkpoint.pt")):
         raise ValueError(f"{out}: holds a run already: go on with --resume, or choose another --out")
     if args.resume:
         tokenizer = Tokenizer(out)
@@ -353,7 +374,10 @@ def translate(model, sources, args, name):
     for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=None):
         rows = order[i:i + size]
         ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
-        for row, output in zip(rows, model.generate(ids, args.max_length, args.num_beams).tolist()):
+        with memory_for(f"{name}: {args.num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
+                        f"--max-length or --num-beams"):
+            generated = model.generate(ids, args.max_length, args.num_beams).tolist()
+        for row, output in zip(rows, generated):
             outputs[row] = [token for token in output if token != model.config.pad_token_id]
     return outputs
 
@@ -376,6 +400,22 @@ def study_shapes(teacher, bank):
     return [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
 
 
+def show_sample(teacher, bank, tokenizer, pair, args):
+    """Print and return one pair and what the models make of it: {"source": ..., "reference": ..., "teacher": ...,
+    "2x": ..., "6x": ...}, those assemblies that the bank can make."""
+    models = {"teacher": teacher}
+    for ratio in (2, 6):
+        try:
+            models[f"{ratio}x"] = assemble(teacher, bank, choose(bank, teacher, ratio, "size-first"))
+        except ValueError:
+            pass  # no assembly of this bank comes near this ratio
+    source = torch.tensor([encode_pairs(tokenizer, [pair], args.max_length)[0][0][0]], device=args.device)
+    sample = {"source": pair[0], "reference": pair[1],
+              **{name: tokenizer.decode(model.generate(source, args.max_length)[0]) for name, model in models.items()}}
+    say("\n".join(f"    {name:<9}  {text[:100]}" for name, text in sample.items()))
+    return sample
+
+
 class Scorer:
     """Scores models on the test pairs, one row each, and keeps results.json up to date."""
     def __init__(self, args, tokenizer, pairs, teacher):
@@ -383,8 +423,9 @@ class Scorer:
         self.file, self.rows = args.out / "results.json", {}
         if self.file.exists():
             self.rows = read_json(self.file)["rows"]
-        self.sources = [source for source, _ in encode_pairs(tokenizer, self.pairs, args.max_length)[0]]
-        valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)[0]
+        test, cut = encode_pairs(tokenizer, self.pairs, args.max_length)
+        valid, cut_valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)
+        self.sources, self.cut = [source for source, _ in test], {"valid": cut_valid, "test": cut}
         batches = Batches(valid, args.batch_tokens, tokenizer.pad_id, seed=0)
         self.valid_batches = [batches[k] for k in range(len(batches))]
 

@@ -98,6 +98,14 @@ def test_an_interrupted_save_keeps_the_old_file(toy_tokenizer, tmp_path, monkeyp
     assert len(list(tmp_path.iterdir())) == 1, "the unfinished file must go"
 
 
+def test_a_full_disk_names_the_file(toy_tokenizer, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device: .*spiece.model"):
+        toy_tokenizer.save(tmp_path)
+
+
 def test_training_is_quiet_and_takes_tiny_and_long_texts(tmp_path, capfd):
     tiny = data.train_tokenizer(["one sheep"], tmp_path / "a.model", 8000)
     assert tiny.decode(tiny.encode("one sheep")) == "one sheep", "a corpus of one sentence is enough"

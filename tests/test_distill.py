@@ -4,6 +4,7 @@ distill.py: the losses against hand calculations, one training loop, what it mov
     python -m pytest tests/test_distill.py
 """
 
+import io
 import itertools
 import math
 import sys
@@ -643,6 +644,29 @@ def test_failed_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path], "and the half of a new one is removed"
 
 
+@pytest.mark.parametrize("error", (OSError(28, "no space left on device"), KeyboardInterrupt()))
+def test_what_stops_the_writing_of_a_checkpoint_comes_out(error, tmp_path, monkeypatch):
+    """torch.save makes a RuntimeError of it, which would be a bug's traceback on the command line."""
+    path, opened, writes = tmp_path / "checkpoint.pt", open, []
+
+    def stops(name, mode):
+        file = opened(name, mode)
+
+        class Stops(io.BytesIO):
+            def write(self, content):
+                writes.append(content)
+                if len(writes) == 3:
+                    raise error
+                return file.write(content)
+        return Stops()
+    train("sft", steps=3, checkpoint=path, save_every=0)
+    before = path.read_bytes()
+    monkeypatch.setattr(m, "open", stops, raising=False)
+    with pytest.raises(type(error)):
+        train("sft", steps=5, checkpoint=path, save_every=0)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
     train("sft", steps=3, checkpoint=path, save_every=0)
@@ -821,6 +845,35 @@ def test_a_loss_that_is_not_finite_raises_at_once(bad):
     for word in ("bank", "step 2", "ce ", f"hidden {bad:.4g}"):
         assert word in str(caught.value), f"the message must name stage, step and terms: {caught.value}"
     assert all(weight.isfinite().all() for weight in model.parameters()), "the bad step must not move the weights"
+
+
+def test_out_of_memory_names_the_batch():
+    def step_loss(step, source, target):
+        if step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return {"ce": d.losses(model, source, target, d.CE_ONLY)["ce"]}, {}
+    model, batches = tiny(1, 1), [(SOURCE, TARGET), (SOURCE[:2], TARGET[:2])]
+    with pytest.raises(MemoryError) as caught:
+        d.fit(model, step_loss, batches, 2, seed=0, weights=d.CE_ONLY, lr=1e-3, name="bank")
+    for word in ("bank", "step 1", "2 x 5 source", "2 x 4 target", "--batch-tokens", "--max-length"):
+        assert word in str(caught.value), f"the line must name stage, step, shape and options: {caught.value}"
+
+
+def test_float16_skips_steps_that_overflow_and_counts_them():
+    weights, records = {}, []
+
+    def step_loss(step, source, target):
+        weights[step] = copy_of(model)
+        return {"ce": 300 * d.losses(model, source, target, d.CE_ONLY)["ce"]}, {}
+    model = tiny(1, 1)
+    d.fit(model, step_loss, toy_batches(30), 30, seed=0, weights=d.CE_ONLY, lr=1e-3, dtype=torch.float16,
+          log=records.append)
+    moved = [not same(weights[step], weights[step + 1]) for step in range(29)]
+    skipped = [record["skipped"] for record in records[:29]]
+    assert skipped == [not each for each in moved], "a step that overflowed moves nothing and is counted"
+    assert 1 < sum(skipped) < 29 and moved[-1], "the scale falls until steps fit, and training goes on"
+    d.fit(model, step_loss, toy_batches(2), 2, seed=0, weights=d.CE_ONLY, lr=1e-3, log=records.append)
+    assert "skipped" not in records[-1], "float32 has no scale to overflow"
 
 
 def test_log_of_every_percent():

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -791,13 +792,15 @@ def test_config_with_too_few_layers(folder):
     ({"d_model": 0}, ("d_model", "0")),
     ({"num_layers": True}, ("num_layers",)),
     ({"pad_token_id": -1}, ("pad_token_id", "-1")),
-    ({"eos_token_id": [1, 2]}, ("eos_token_id",))))
+    ({"eos_token_id": [1, 2]}, ("eos_token_id",)),
+    ({"d_model": 10**30}, ("d_model", "1048576")),  # more than torch can count
+    ({"num_layers": 10**9}, ("num_layers", "1024"))))  # days and terabytes before the first tensor is missed
 def test_bad_config(folder, values, words):
     change_config(folder, **values)
     refused(folder, "config.json", *words, error=ValueError)
 
 
-@pytest.mark.parametrize("text", (b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100000))
+@pytest.mark.parametrize("text", (b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100000, b"1" * 5000))
 def test_config_that_is_no_json_object(folder, text):
     (folder / "config.json").write_bytes(text)
     refused(folder, "config.json", error=ValueError)
@@ -826,6 +829,7 @@ def test_read_safetensors_truncated(folder):
     b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [0, 99999999999999999999], "data_offsets": [0, 0]}}',
+    b'{"__metadata__": {"a": "' + b"x" * 2**20 + b'"}}',  # larger than any header has reason to be
     b'{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
     b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'))
@@ -864,6 +868,18 @@ def test_code_in_a_bin_is_not_run(folder, tmp_path):
     assert not (tmp_path / "run").exists(), "loading weights must not run code from the file"
 
 
+def test_packed_bin_is_refused_unread(folder, monkeypatch):
+    """Some kilobytes that would be gigabytes in memory."""
+    (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": torch.zeros(100_000)}, folder / "loose.bin")
+    with zipfile.ZipFile(folder / "loose.bin") as loose, \
+            zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in loose.infolist():
+            packed.writestr(entry.filename, loose.read(entry))
+    monkeypatch.setattr(torch, "load", None)
+    refused(folder, "pytorch_model.bin", "larger than the file", error=ValueError)
+
+
 @pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin"))
 def test_missing_shard(folder, name):
     index = shard(folder, name)
@@ -875,12 +891,31 @@ def test_missing_shard(folder, name):
 
 @pytest.mark.parametrize("weight_map", (
     {"shared.weight": "../elsewhere.safetensors"}, {"shared.weight": "/etc/passwd"}, {"shared.weight": ".."},
+    {"shared.weight": "sub/../../elsewhere.safetensors"}, {"shared.weight": "./elsewhere.safetensors"},
+    {"shared.weight": "/elsewhere.safetensors"}, {"shared.weight": "a.safetensors/"},
     {"shared.weight": ""}, {"shared.weight": 3}, {"shared.weight": "config.json"}, {"shared.weight": ["a"]}, [1], None))
 def test_index_that_points_elsewhere(folder, weight_map):
     shutil.copy(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
     index = shard(folder, "model.safetensors")
     index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     refused(folder, index.name, error=ValueError)
+
+
+def test_names_from_a_file_fit_on_one_line(folder):
+    change_weights(folder, lambda weights: weights.update({"a\nb\x1b[2J": torch.zeros(0)}))
+    with pytest.raises(ValueError) as caught:
+        m.load_t5(folder)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value), "no name may write on the terminal"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, as Linux has")
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(m, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    with pytest.raises(OSError, match="No space left on device: .*c.json"):
+        m.write_json({"a": 1}, tmp_path / "c.json")
+    with pytest.raises(OSError) as caught, m.naming("c.json"):
+        raise OSError("an error of ours, with its own words")
+    assert str(caught.value) == "an error of ours, with its own words", "an error that says all is left alone"
 
 
 def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
@@ -1065,3 +1100,53 @@ def test_command_line_names_the_bad_file(folder):
                          timeout=60)
     assert run.returncode == 2 and run.stdout == "", "a user's mistake is exit status 2"
     assert run.stderr.count("\n") == 1 and "model.safetensors" in run.stderr, "one line that names the file"
+
+
+def ends(error, context=None):
+    """What a command line makes of an error: (exit status, or the error)."""
+    def run(argv):
+        try:
+            if context:
+                raise context
+        finally:
+            raise error
+    try:
+        return m.command_line(run)([])
+    except BaseException as raised:
+        return raised
+
+
+@pytest.mark.parametrize("error, context, status, line", (
+    (ValueError("a.tsv:3: bad\n\x1b[2J"), None, 2, "test_model.py: a.tsv:3: bad  [2J\n"),
+    (MemoryError("a batch of 3 x 4"), None, 2, "test_model.py: a batch of 3 x 4\n"),
+    (MemoryError(), None, 2, "test_model.py: out of memory\n"),
+    (torch.OutOfMemoryError("CUDA out of memory."), None, 2, "test_model.py: CUDA out of memory.\n"),
+    (FloatingPointError("step 3"), None, 2, "test_model.py: step 3\n"),
+    (KeyboardInterrupt(), None, 130, "interrupted\n"),
+    (RuntimeError("torch's own"), KeyboardInterrupt(), 130, "interrupted\n"),
+    (ValueError("another library's"), KeyboardInterrupt(), 130, "interrupted\n")))
+def test_one_line_and_a_status(error, context, status, line, capsys):
+    assert ends(error, context) == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback(capsys):
+    for error in (RuntimeError("a bug"), KeyError("a bug"), SystemExit(2)):
+        assert ends(error) is error
+    assert capsys.readouterr().err == ""
+
+
+def test_output_is_utf_8_on_every_system(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # of a pipe on Windows
+    monkeypatch.setattr(sys, "stdout", out)
+    assert m.command_line(lambda argv: print("家", flush=True))([]) == 0
+    assert out.buffer.getvalue().strip() == "家".encode()
+
+
+def test_out_of_memory_says_for_what():
+    with pytest.raises(MemoryError, match="out of memory: a large batch"), m.memory_for("a large batch"):
+        torch.empty(10**15)  # the CPU's allocator
+    with pytest.raises(MemoryError, match="a large batch"), m.memory_for("a large batch"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RuntimeError, match="illegal"), m.memory_for("a large batch"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -12,13 +12,16 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import distill
 import train
+from assemble import assemble
 from assemble import main as assemble_main
-from data import read_pairs, toy_corpus
+from data import Tokenizer, read_pairs, toy_corpus
 from model import load_t5, read_safetensors, write_safetensors
+from modules import STACKS, load_bank
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--steps", "4",
@@ -118,6 +121,40 @@ def test_log_teaches_rate_and_terms(finished):
         total = sum(record[f"{term}_weighted"] for term in distill.WEIGHTS if term in record)
         assert record["loss"] == pytest.approx(total, rel=1e-5), "the loss is the sum of the weighted terms"
     assert bank[-1]["rate"] == 1, "the replacement rate has risen to 1 at the end"
+
+
+def test_log_shows_what_the_bank_makes_of_one_sentence(finished, files):
+    records = [json.loads(line) for line in (finished / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples = {(record["stage"], record["step"]): record["sample"] for record in records if "sample" in record}
+    assert set(samples) == {("bank", 1), ("bank", 4)}, "the first and the last step of four, and no tenth between"
+    source, target = read_pairs(files / "valid.jsonl")[0]
+    for sample in samples.values():
+        assert list(sample) == ["source", "reference", "teacher", "2x", "6x"]
+        assert (sample["source"], sample["reference"]) == (source, target)
+    tokenizer, teacher = Tokenizer(finished), load_t5(finished / "teacher")
+    ids = teacher.generate(torch.tensor([tokenizer.encode(source)[:11] + [1]]), 12)[0]
+    assert sample["teacher"] == tokenizer.decode(ids), "the teacher's own words"
+    bank = load_bank(finished / "bank.safetensors", teacher)
+    small = assemble(teacher, bank, dict.fromkeys(STACKS, [(0, 6)]))
+    ids = small.generate(torch.tensor([tokenizer.encode(source)[:11] + [1]]), 12)[0]
+    assert sample["6x"] == tokenizer.decode(ids), "and in the last record those of the finished bank's 1+1"
+
+
+def test_tenths():
+    assert [k for k in range(1, 1001) if train.tenth({"step": k, "steps": 1000})] == [1, *range(100, 1001, 100)]
+    assert [k for k in range(1, 26) if train.tenth({"step": k, "steps": 25})] == [1, 10, 20, 25]
+
+
+def test_cut_sequences_are_counted(files, tmp_path, capsys):
+    arguments = [*data_args(files), *SMALL, "--layers", "2", "--teacher-steps", "0", "--steps", "1"]
+    assert train.main([*arguments, "--max-length", "5", "--out", str(tmp_path / "run")]) == 0
+    cut, tokenizer = {}, Tokenizer(tmp_path / "run")
+    for name, paths in (("train", ["train.tsv"]), ("valid", ["valid.jsonl"]), ("test", ["test.src", "test.tgt"])):
+        texts = [text for pair in read_pairs(*(files / path for path in paths)) for text in pair]
+        cut[name] = sum(len(tokenizer.encode(text)) > 5 for text in texts)
+    assert 0 < cut["test"] <= 20
+    assert f"cut at 5 tokens: {cut['train']} of train, {cut['valid']} of valid, {cut['test']} of test" in \
+        capsys.readouterr().out
 
 
 def test_frontier_is_valid_svg_for_white_and_dark_pages(finished):
@@ -237,9 +274,80 @@ def test_resume_takes_no_other_settings(finished, capsys):
     assert "--steps" in capsys.readouterr().err, "a changed option is refused, not silently dropped"
 
 
-def test_resume_without_a_run_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("left", (None, ".", "spiece.model", "args.json.part"))
+def test_resume_without_a_run_is_one_line(tmp_path, capsys, left):
+    """Nothing there, or a folder of a run that was killed before it had settings: it has to begin anew, and can."""
+    if left:
+        (tmp_path / "run").mkdir()
+        if left != ".":
+            (tmp_path / "run" / left).write_bytes(b"{")
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "run: holds no run to go on with: begin one without --resume\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ("teacher", "checkpoint.pt"))
+def test_a_run_without_its_settings_is_not_taken_for_a_new_one(files, tmp_path, capsys, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert train.main([*data_args(files), *SMALL, "--out", str(tmp_path / "run")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_damaged_settings_are_named(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    settings = (tmp_path / "run" / "args.json").read_bytes()
+    for content, word in ((settings[:100], "not JSON"), (b"", "not JSON"), (b"{}", "lacks")):
+        (tmp_path / "run" / "args.json").write_bytes(content)
+        assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "args.json" in err and word in err
+
+
+def test_resume_puts_right_what_was_left(finished, tmp_path):
+    """A kill after the settings, another while a checkpoint was written, a log line that a full disk cut short."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "valid.safetensors").unlink()
+    (out / "checkpoint.pt.part").write_bytes(b"half")
+    log = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(log + b'{"stage": "ba')
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert (out / "valid.safetensors").read_bytes() == (finished / "valid.safetensors").read_bytes()
+    assert not list(out.rglob("*.part")) and (out / "log.jsonl").read_bytes() == log
+
+
+def fails(files, out, capsys, *options):
+    """The one line of a run that must end with exit status 2."""
+    status = train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(out), *options])
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_a_loss_that_explodes_is_one_line(files, tmp_path, capsys):
+    err = fails(files, tmp_path / "run", capsys, "--teacher-lr", "1e38")
+    assert "teacher: the loss is not finite at step " in err and "ce " in err and "lower learning rate" in err
+
+
+@pytest.mark.parametrize("where, words", (
+    ("losses", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
+    ("generate", ("teacher: 3 beams for 10 sentences", "--num-beams"))))
+def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, words):
+    def full(*_, **__):
+        torch.empty(10**15)
+    if where == "losses":
+        monkeypatch.setattr(distill, "losses", full)
+        err = fails(files, tmp_path / "run", capsys)
+    else:
+        monkeypatch.setattr(train, "show_sample", lambda *_: None)
+        monkeypatch.setattr(train.T5, "generate", full)
+        err = fails(files, tmp_path / "run", capsys, "--num-beams", "3")
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, as Linux has")
+def test_a_full_disk_names_the_log(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "open_log", lambda path: open("/dev/full", "wb"))
+    assert "No space left on device" in (err := fails(files, tmp_path / "run", capsys)) and "log.jsonl" in err
 
 
 def test_multi30k_trap_is_named(tmp_path):
