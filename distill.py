@@ -143,7 +143,7 @@ def validation_loss(model, batches, layers=None):
 
 # ---- the two kinds of training
 
-def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.6, **loop):
+def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.3, **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: each batch is parted among the granularities, so that every module trains in every step, beside the

@@ -42,7 +42,7 @@ TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 
            d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, steps=400,
            teacher_lr=1.5e-2, lr=3e-2, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
 REAL = dict(dtype="auto", metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
-            teacher_steps=2820, steps=940, teacher_lr=1.5e-2, lr=1.5e-2, max_length=128, baselines="")
+            teacher_steps=2820, steps=940, teacher_lr=1.5e-2, lr=3e-2, max_length=128, baselines="")
 PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
 
