@@ -123,16 +123,16 @@ def load_batches(path):
 
 
 def damages(teacher, bank, batches):
-    """{"encoder": {span: damage}, "decoder": ...}: by how many nats a token the validation loss of the teacher rises
-    when this module alone replaces its layers."""
+    """{"encoder": {span: damage}, "decoder": ...}: by how many nats a token the validation loss of the teacher's
+    layers, in the bank's frame, rises when this module alone replaces some."""
     whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
     result = {stack: {} for stack in STACKS}
-    base = validation_loss(teacher, batches)
+    base = validation_loss(bank.frame, batches, {stack: bank.layers(teacher, stack, whole[stack]) for stack in STACKS})
     for stack in STACKS:
         for start, stop in tqdm(bank.spans[stack], desc=f"{stack} modules", leave=False, disable=None):
             path = whole[stack][:start] + [(start, stop)] + whole[stack][stop:]
-            layers = {**dict.fromkeys(STACKS), stack: bank.layers(teacher, stack, path)}
-            result[stack][start, stop] = validation_loss(teacher, batches, layers) - base
+            layers = {s: bank.layers(teacher, s, path if s == stack else whole[s]) for s in STACKS}
+            result[stack][start, stop] = validation_loss(bank.frame, batches, layers) - base
     return result
 
 
@@ -198,18 +198,19 @@ def search(teacher, bank, damage, allowed, batches, k=8):
     """The best assembly under a budget: of the k with the least estimated damage, the one with the least validation
     loss; None if no depths are allowed."""
     return min((paths for _, paths in candidates(teacher, bank, damage, allowed, k)), default=None,
-               key=lambda paths: validation_loss(teacher, batches, {
+               key=lambda paths: validation_loss(bank.frame, batches, {
                    stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}))
 
 
 # ---- building, measuring, writing
 
 def assemble(teacher, bank, paths):
-    """The plain T5 of an assembly: copies of the layers on its paths, of the embedding, the position tables, the norms
-    and the head. Raises ValueError for a path that does not tile its stack."""
+    """The plain T5 of an assembly: copies of the layers on its paths and of the bank's frame, or of the teacher if no
+    module is on them. Raises ValueError for a path that does not tile its stack."""
     for stack in STACKS:
         check_path(paths[stack], teacher.depths[stack], bank.spans[stack])
-    return with_layers(teacher, {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS})
+    frame = bank.frame if any(stop - start > 1 for stack in STACKS for start, stop in paths[stack]) else teacher
+    return with_layers(frame, {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS})
 
 
 def parameters(model):

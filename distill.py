@@ -97,7 +97,7 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
     layers: {"encoder": list, "decoder": list} to run in place of the student's own.
     paths: {"encoder": path, "decoder": path}: layer i of the student stands for span i of the teacher, and is held
     against the state after the span's last layer and the attention within that layer. "hidden" and "attention" are the
-    means over all of these in both stacks; the teacher's own layers on a path have nothing to learn and do not count.
+    means over all of these in both stacks.
     """
     config = student.config
     layers = layers or {"encoder": None, "decoder": None}
@@ -116,14 +116,11 @@ def losses(student, source, target, weights, teacher=None, layers=None, paths=No
         terms["logits"] = logit_distillation(logits, teacher_logits)
         hidden, attention = [], []
         for stack in STACKS:
-            for i, (start, stop) in enumerate(paths[stack]):
-                if stop - start == 1 and student is teacher:
-                    continue  # the teacher's own layer: its weights are frozen
+            for i, (_, stop) in enumerate(paths[stack]):
                 hidden.append(hidden_distillation(ours[stack].states[i], theirs[stack].states[stop - 1], masks[stack]))
                 for s, t in zip(ours[stack].probs[i], theirs[stack].probs[stop - 1]) if probs else ():
                     attention.append(attention_distillation(s, t, masks[stack]))
-        if hidden:
-            terms["hidden"] = torch.stack(hidden).mean()
+        terms["hidden"] = torch.stack(hidden).mean()
         if attention:
             terms["attention"] = torch.stack(attention).mean()
     return {term: value for term, value in terms.items() if term in weights}
@@ -149,9 +146,9 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     Multi-grained: each batch is parted among the granularities, so that every module trains in every step, beside the
     neighbours it will have when assembled. On paths of mixed lengths a module is in one step of several, next to others
     that it rarely meets again (README, "What did not work"). The encoder's and the decoder's granularity are drawn
-    apart, for they are chosen apart. The teacher is frozen but lets gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
-    targets have no noise, and matching them with noise did not help (README, "What did not work").
-    **loop goes to `fit`."""
+    apart, for they are chosen apart. All paths run in the bank's frame. The teacher is frozen but lets gradients
+    through, and runs without dropout where its layers stand in a path. Distilled modules do too: their targets have no
+    noise, and matching them with noise did not help (README, "What did not work"). **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
     distilling = teacher if len(weights) > 1 else None
     bank.train(distilling is None)
@@ -170,7 +167,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
             spans = {stack: own[k % len(own)] for stack, own in grains.items()}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
             layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}
-            terms = losses(teacher, source[part == k], target[part == k], weights, distilling, layers, paths)
+            terms = losses(bank.frame, source[part == k], target[part == k], weights, distilling, layers, paths)
             for term, value in terms.items():
                 total[term] = total.get(term, 0.0) + value / parts
             for stack in STACKS:
@@ -290,25 +287,22 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
             with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
                 terms, facts = step_loss(step, source, target)
             loss = sum(weights[term] * value for term, value in terms.items())
-            if loss.requires_grad:  # else no module lies on this step's paths, and nothing can learn
-                scaler.scale(loss).backward()
+            scaler.scale(loss).backward()
         if not torch.isfinite(loss):
             values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
             raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}; a lower learning rate "
                                      f"may help")
-        norm = torch.zeros(())
-        if loss.requires_grad:
-            if world > 1:
-                average_gradients(parameters)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = group["size"] * learning_rate(step, steps, lr)
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < scale  # float16 overflowed: no step, and the next at half the scale
-            optimizer.zero_grad(set_to_none=True)
+        if world > 1:
+            average_gradients(parameters)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = group["size"] * learning_rate(step, steps, lr)
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < scale  # float16 overflowed: no step, and the next at half the scale
+        optimizer.zero_grad(set_to_none=True)
 
         tokens += source.numel() + target.numel()
         if step == first or (step + 1) % max(1, steps // 100) == 0 or step + 1 == steps:

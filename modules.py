@@ -8,6 +8,9 @@ the hidden state before layer `start` into the one after layer `stop - 1`. Since
 states of the teacher, modules and the teacher's layers fit together in any order that tiles the stack: the training
 step samples such a path, an assembly chooses one. Modular Transformers, https://arxiv.org/abs/2306.02379.
 
+What is no layer (embedding, head, position tables, final norms) is the *frame*: the bank has one of its own, which starts
+as the teacher's and serves all paths.
+
     pytest tests/test_modules.py
 """
 import copy
@@ -69,7 +72,9 @@ def path_of(lengths):
 
 
 class Bank(nn.Module):
-    """All modularized layers of both stacks: one layer of the teacher's own kind for each span.
+    """All modularized layers of both stacks, one layer of the teacher's own kind for each span, and the frame that
+    they run in: a T5 without layers, a copy of the teacher's that trains with them. A model of few layers reads its
+    words in another way than one of many (README, "Ablations").
 
     granularities: {"encoder": [2, 3], "decoder": [2, 3]}; by default all of `divisors`.
     init: "average" starts a module as the mean of its span's layers, "first" as a copy of the first of them.
@@ -83,6 +88,7 @@ class Bank(nn.Module):
             self.spans[stack] = module_spans(len(layers), chosen)
             modules = {f"{start}-{stop}": merge(layers[start:stop], init) for start, stop in self.spans[stack]}
             setattr(self, stack, nn.ModuleDict(modules))
+        self.frame = with_layers(teacher, dict.fromkeys(STACKS, ()))
         self.requires_grad_(True)
 
     def layers(self, teacher, stack, path):
@@ -120,13 +126,13 @@ def with_layers(teacher, layers):
 
 def save_bank(bank, path):
     """Write all modules to one safetensors file, under names such as "encoder.0-2.self_attention.q.weight"."""
-    write_safetensors(bank.state_dict(), path)
+    write_safetensors(dict(bank.named_parameters()), path)  # a tied head once
 
 
 def load_bank(path, teacher):
     """Read a `save_bank` file for this teacher. Raises ValueError naming the file and the tensor that does not fit."""
     weights = read_safetensors(path)
-    names = [re.match(r"(encoder|decoder)\.(\d+)-(\d+)\.", name) for name in weights]
+    names = [re.match(r"(encoder|decoder)\.(\d+)-(\d+)\.", name) for name in weights if not name.startswith("frame.")]
     if not names or not all(names):
         raise ValueError(f"{path}: not a bank of modules")
     granularities = {stack: sorted({int(m[3]) - int(m[2]) for m in names if m[1] == stack}) for stack in STACKS}
@@ -134,11 +140,13 @@ def load_bank(path, teacher):
         bank = Bank(teacher, granularities)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    ours = bank.state_dict()
+    ours = dict(bank.named_parameters())
     for name in {**ours, **weights}:
         if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
             raise ValueError(f"{path}: tensor {name!r} is missing or does not fit the teacher")
-    bank.load_state_dict(weights)
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(weights[name])
     return bank
 
 

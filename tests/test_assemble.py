@@ -188,9 +188,11 @@ def assembly():
 
 
 def logits_of_paths(teacher, bank, paths, x, y):
+    """In the bank's frame; without a module, the teacher's."""
     layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in mod.STACKS}
-    memory = teacher.encode(x, layers["encoder"]).hidden
-    return teacher.logits(teacher.decode(y, memory, x != 0, layers["decoder"]).hidden)
+    frame = teacher if layers == {stack: list(getattr(teacher, stack).layers) for stack in mod.STACKS} else bank.frame
+    memory = frame.encode(x, layers["encoder"]).hidden
+    return frame.logits(frame.decode(y, memory, x != 0, layers["decoder"]).hidden)
 
 
 SOME = ({"encoder": [(0, 1), (1, 2), (2, 4)], "decoder": [(0, 1), (1, 2), (2, 4), (4, 6)]}, PATHS,
@@ -234,7 +236,7 @@ def test_the_stack_keeps_its_position_table(assembly, tmp_path):
     again = m.load_t5(tmp_path)
     for stack in mod.STACKS:
         assert PATHS[stack][0] != (0, 1), "layer 0, whose name in the file carries the table, is replaced here"
-        table, norm = getattr(teacher, stack).positions.weight, getattr(teacher, stack).norm.weight
+        table, norm = getattr(bank.frame, stack).positions.weight, getattr(bank.frame, stack).norm.weight
         for name, copy in (("assembly", model), ("saved assembly", again)):
             assert torch.equal(getattr(copy, stack).positions.weight, table), f"the {name} lost its {stack}'s positions"
             assert torch.equal(getattr(copy, stack).norm.weight, norm), f"the {name} lost its {stack}'s final norm"
@@ -384,7 +386,8 @@ def test_count_paths_by_hand():
 def test_damage_is_the_rise_of_the_loss_for_one_module():
     teacher = tiny()
     bank = make_bank(teacher)
-    found, base = a.damages(teacher, bank, BATCHES), distill.validation_loss(teacher, BATCHES)
+    found, whole = a.damages(teacher, bank, BATCHES), {s: list(getattr(teacher, s).layers) for s in mod.STACKS}
+    base = distill.validation_loss(mod.with_layers(bank.frame, whole), BATCHES)
     assert {stack: sorted(spans) for stack, spans in found.items()} == \
         {stack: sorted(bank.spans[stack]) for stack in mod.STACKS}, "every module is measured"
     for stack, (start, stop) in (("encoder", (2, 4)), ("decoder", (0, 3)), ("decoder", (4, 6))):
@@ -393,7 +396,7 @@ def test_damage_is_the_rise_of_the_loss_for_one_module():
         model = a.assemble(teacher, bank, {s: mod.path_of(lengths[s]) for s in mod.STACKS})
         rise = distill.validation_loss(model, BATCHES) - base
         assert found[stack][start, stop] == pytest.approx(rise, abs=1e-6) and abs(rise) > 1e-4, \
-            f"{stack} {start}-{stop}: the loss of the teacher with this module alone, minus the teacher's"
+            f"{stack} {start}-{stop}: the loss with this module, less that without, in the bank's frame"
 
 
 def test_damages_are_measured_once(run_folder, tmp_path, monkeypatch):

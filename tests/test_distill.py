@@ -223,11 +223,14 @@ def test_losses_of_modules_by_hand():
     teacher = tiny()
     bank = make_bank(teacher)
     layers = {stack: bank.layers(teacher, stack, PATHS[stack]) for stack in mod.STACKS}
-    terms = d.losses(teacher, SOURCE, TARGET, d.WEIGHTS, teacher, layers, PATHS)
-    # Only the modules are held against the teacher: the third layer of the encoder's path, the first and third of the
-    # decoder's, each against the teacher's last layer of that span.
-    compared = {"encoder": [(2, 3)], "decoder": [(0, 1), (2, 5)]}
-    assert_close(terms, losses_by_hand(teacher, teacher, layers, own_layers(teacher), compared), "modules")
+    with torch.no_grad():
+        for weight in bank.frame.parameters():
+            weight.mul_(1.1)  # it is not the teacher's
+    terms = d.losses(bank.frame, SOURCE, TARGET, d.WEIGHTS, teacher, layers, PATHS)
+    # Each layer of a path is held against the teacher's last layer of its span: modules, and the teacher's own layers,
+    # whose input is another than in the teacher.
+    compared = {"encoder": [(0, 0), (1, 1), (2, 3)], "decoder": [(0, 1), (1, 2), (2, 5)]}
+    assert_close(terms, losses_by_hand(bank.frame, teacher, layers, own_layers(teacher), compared), "modules")
     assert all(terms[name].requires_grad for name in TERMS), "every term must train the modules"
 
 
@@ -320,8 +323,8 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
         "no gradient is kept for the teacher"
     used = {f"{stack}.{a}-{b}." for path, stack in zip(paths, itertools.cycle(mod.STACKS)) for a, b in path if b - a > 1}
     assert 1 < len(used) < sum(map(len, bank.spans.values())), "the test needs modules on the paths and off them"
-    for name, weight in bank.state_dict().items():
-        if name.startswith(tuple(used)):
+    for name, weight in bank.named_parameters():
+        if name.startswith(("frame.", *used)):
             assert grads.get(name, 0.0) > 0.0, f"{name} is on a path and must get a gradient"
             assert not torch.equal(weight, start[name]), f"{name} is on a path and must move"
         else:
@@ -339,7 +342,7 @@ def test_each_granularity_has_its_part_of_every_batch(monkeypatch, granularities
     def losses(student, source, target, weights, teacher, layers, paths):
         assert torch.equal(source, target), "a row keeps its target"
         seen.append((source[:, 0].tolist(), {stack: {b - a for a, b in paths[stack]} for stack in mod.STACKS}))
-        return {"ce": torch.tensor(float(len(seen)))}
+        return {"ce": torch.tensor(float(len(seen)), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
     records, most = [], max(map(len, granularities.values()))
     d.train_modules(teacher, bank, [(ids, ids)] * 20, 20, lr=1e-2, rate_start=1.0, log=records.append)
@@ -473,7 +476,7 @@ def test_module_replacing_with_distillation_runs_without_dropout():
         record = records[0.0, seed]
         assert record["ce"] == pytest.approx(ce, rel=1e-6), "at rate 0 the step runs the teacher, without dropout"
         assert abs(record["logits"]) < 1e-6, "at rate 0 the student is the teacher"
-        assert "hidden" not in record and "attention" not in record, "without a module nothing is held against a state"
+        assert abs(record["hidden"]) < 1e-6 and abs(record["attention"]) < 1e-6, "its states are the teacher's"
         assert record["rate"] == record["rate_encoder"] == record["rate_decoder"] == 0.0
         assert records[1.0, seed]["rate_encoder"] == records[1.0, seed]["rate_decoder"] == 1.0
     assert records[1.0, 0]["ce"] == records[1.0, 1]["ce"], "distilled modules train without dropout: any seed, one loss"
@@ -492,13 +495,15 @@ def test_dropout_where_no_teacher_is_matched():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-def test_a_step_without_any_module_is_no_error(dtype):
+def test_a_step_without_any_module_moves_the_frame_alone(dtype):
     teacher = tiny()
     bank = make_bank(teacher)
     before, records = copy_of(bank), []
     d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, rate_start=0.0, rate_rise=math.inf, dtype=dtype,
                     log=records.append)
-    assert len(records) == 2 and same(copy_of(bank), before), "with no module on its paths a step changes nothing"
+    moved = {name for name, weight in copy_of(bank).items() if not torch.equal(weight, before[name])}
+    assert len(records) == 2 and moved == {name for name in before if name.startswith("frame.")}, \
+        "with no module on its paths a step moves the frame, which is on every path, and nothing else"
 
 
 def test_a_stack_without_modules_trains_the_other():
@@ -514,14 +519,16 @@ def test_sampled_rates_of_a_training(monkeypatch):
     """The real step, but for the losses: first at rate 0.3, then at a rising rate."""
     teacher = tiny(6, 6)
     bank, seen = make_bank(teacher, {"encoder": [2], "decoder": [2]}), []
+    own = teacher
 
     def losses(student, source, target, weights, teacher, layers, paths):
+        assert student is bank.frame, "all paths run in the bank's frame"
         seen.append([[float(b - a > 1) for a, b in paths[stack] if a % 2 == 0] for stack in mod.STACKS])
         for stack in mod.STACKS:
-            expected = bank.layers(student, stack, paths[stack])
+            expected = bank.layers(own, stack, paths[stack])
             assert len(layers[stack]) == len(expected) and all(a is b for a, b in zip(layers[stack], expected)), \
                 "the layers that run are those of the sampled path"
-        return {"ce": torch.zeros(())}
+        return {"ce": torch.zeros((), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
     steps = 600
     batches = [(SOURCE, TARGET)] * steps
@@ -698,7 +705,7 @@ def test_without_a_teacher_none_runs(monkeypatch):
     teacher = tiny()
     one = make_bank(teacher, {"encoder": [2], "decoder": [3]})  # of one granularity
     d.train_modules(teacher, one, toy_batches(3), 3, lr=1e-2, weights=d.CE_ONLY)
-    assert counts == {id(teacher): 3}, "Theseus runs its path once a step, and not the teacher beside it"
+    assert counts == {id(one.frame): 3}, "Theseus runs its path once a step, and not the teacher beside it"
     counts.clear()
     d.train_student(student, toy_batches(3), 3, teacher=teacher, weights=d.WEIGHTS, lr=1e-2)
     assert counts == {id(student): 3, id(teacher): 3}, "with a teacher each runs once"
@@ -877,9 +884,8 @@ def test_float16_skips_steps_that_overflow_and_counts_them():
 
 
 def test_log_of_every_percent():
-    records = []
-    d.fit(tiny(1, 1), lambda step, source, target: ({"ce": torch.tensor(3.0), "hidden": torch.tensor(0.25)},
-                                                    {"rate": 0.5}),
+    records, ce = [], torch.tensor(3.0, requires_grad=True)
+    d.fit(tiny(1, 1), lambda step, source, target: ({"ce": ce, "hidden": torch.tensor(0.25)}, {"rate": 0.5}),
           toy_batches(1) * 250, 250, seed=0, weights={"ce": 1.0, "hidden": 2.0}, lr=1e-3, name="stage",
           log=records.append)
     assert [record["step"] for record in records] == [1, *range(2, 251, 2)], "the first step, then every 1 %"
