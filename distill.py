@@ -143,26 +143,30 @@ def validation_loss(model, batches, layers=None):
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.3, **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
-    Multi-grained: each batch is parted among the granularities, so that every module trains in every step, beside the
-    neighbours it will have when assembled. On paths of mixed lengths a module is in one step of several, next to others
-    that it rarely meets again (README, "What did not work"). The encoder's and the decoder's granularity are drawn
-    apart, for they are chosen apart. All paths run in the bank's frame. The teacher is frozen but lets gradients
+    Multi-grained: each batch is parted among the granularities, 1 (the teacher's own layers) to the largest, so that
+    every module trains in every step, beside the neighbours it will have when assembled. On paths of mixed lengths a
+    module is in one step of several, next to others that it rarely meets again (README, "What did not work"). The
+    encoder's and the decoder's granularity are drawn apart, for they are chosen apart. All paths run in the bank's
+    frame, which trains with the modules under distillation. The teacher is frozen but lets gradients
     through, and runs without dropout where its layers stand in a path. Distilled modules do too: their targets have no
     noise, and matching them with noise did not help (README, "What did not work"). **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
     distilling = teacher if len(weights) > 1 else None
     bank.train(distilling is None)
+    bank.frame.requires_grad_(distilling is not None)  # Theseus freezes what is no module
 
     def step_loss(step, source, target):
         """One draw of paths for each part of the batch, and what they cost: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
         grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
+        # A part without modules where there are none, and under distillation: the frame must serve the teacher's layers.
+        grains = {stack: own if own and not distilling else [[], *own] for stack, own in grains.items()}
         grains = {stack: rng.sample(own, len(own)) for stack, own in grains.items()}  # in random order
         rank, world = processes()
         whole = round(world * float(over_processes(len(source), source)))  # rows in all processes
         parts = min(max(map(len, grains.values())), whole)
         part = (rank + world * torch.arange(len(source), device=source.device)) * parts // whole  # of each row
-        total, facts = {}, {"rate": rate, **{f"rate_{stack}": 0.0 for stack in STACKS}}
+        total, rates = {}, {stack: [] for stack in STACKS}
         for k in range(parts):
             spans = {stack: own[k % len(own)] for stack, own in grains.items()}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
@@ -171,8 +175,8 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
             for term, value in terms.items():
                 total[term] = total.get(term, 0.0) + value / parts
             for stack in STACKS:
-                facts[f"rate_{stack}"] += realised_rate(paths[stack], spans[stack]) / parts
-        return total, facts
+                rates[stack] += [realised_rate(paths[stack], spans[stack])] if spans[stack] else []
+        return total, {"rate": rate, **{f"rate_{stack}": sum(own) / max(1, len(own)) for stack, own in rates.items()}}
 
     fit(bank, step_loss, batches, steps, seed=seed, weights=weights, **loop)
     bank.eval()

@@ -173,9 +173,9 @@ def sample_path(n, spans, rate, rng):
 
 
 def by_granularity(spans):
-    """The modules of one stack, apart: [[spans of 2 layers], [spans of 3], ...]; [[]] for a stack without modules."""
+    """The modules of one stack, apart: [[spans of 2 layers], [spans of 3], ...]."""
     lengths = sorted({stop - start for start, stop in spans})
-    return [[span for span in spans if span[1] - span[0] == length] for length in lengths] or [[]]
+    return [[span for span in spans if span[1] - span[0] == length] for length in lengths]
 
 
 def realised_rate(path, spans):

@@ -333,7 +333,7 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
 
 @pytest.mark.parametrize("granularities", ({"encoder": [2, 4], "decoder": [2, 3, 6]}, {"encoder": [], "decoder": [3]},
                                            {"encoder": [2], "decoder": [2]}))
-@pytest.mark.parametrize("rows", (1, 2, 7))
+@pytest.mark.parametrize("rows", (1, 2, 9))
 def test_each_granularity_has_its_part_of_every_batch(monkeypatch, granularities, rows):
     teacher, seen = tiny(), []
     bank = make_bank(teacher, granularities)
@@ -344,7 +344,8 @@ def test_each_granularity_has_its_part_of_every_batch(monkeypatch, granularities
         seen.append((source[:, 0].tolist(), {stack: {b - a for a, b in paths[stack]} for stack in mod.STACKS}))
         return {"ce": torch.tensor(float(len(seen)), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
-    records, most = [], max(map(len, granularities.values()))
+    all_of = {stack: {1, *wanted} for stack, wanted in granularities.items()}  # 1: the teacher's own layers
+    records, most = [], max(map(len, all_of.values()))
     d.train_modules(teacher, bank, [(ids, ids)] * 20, 20, lr=1e-2, rate_start=1.0, log=records.append)
     parts = min(rows, most)
     assert len(seen) == 20 * parts, "as many parts as the stack with the most granularities has, but no empty one"
@@ -354,17 +355,17 @@ def test_each_granularity_has_its_part_of_every_batch(monkeypatch, granularities
         assert sorted(itertools.chain.from_iterable(own for own, _ in mine)) == ids[:, 0].tolist(), \
             "every row is in one part of its batch"
         assert max(len(own) for own, _ in mine) - min(len(own) for own, _ in mine) <= 1, "the parts are of like size"
-        for stack, wanted in granularities.items():
+        for stack, wanted in all_of.items():
             lengths = [lengths for _, lengths in mine]
             assert all(len(one[stack]) == 1 for one in lengths), "at rate 1 a path is of one granularity"
             drawn[stack].append([*lengths[0][stack]][0])
             if rows >= most:
-                assert set().union(*(one[stack] for one in lengths)) == set(wanted or [1]), \
+                assert set().union(*(one[stack] for one in lengths)) == wanted, \
                     "every granularity of a stack trains in every step"
         assert records[step]["ce"] == pytest.approx(sum(range(step * parts + 1, step * parts + parts + 1)) / parts), \
             "the step's loss is the mean over the parts"
-    for stack, wanted in granularities.items():
-        assert set(drawn[stack]) == set(wanted or [1]), "every step draws anew which part a granularity gets"
+    for stack, wanted in all_of.items():
+        assert set(drawn[stack]) == wanted, "every step draws anew which part a granularity gets"
 
 
 def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
@@ -464,14 +465,15 @@ def test_gradients_do_not_pile_up():
 def test_module_replacing_with_distillation_runs_without_dropout():
     records = {}
     for rate in (0.0, 1.0):
-        for seed in (0, 1):
+        for seed in range(8):
             teacher, log = tiny(dropout_rate=0.3), []
             bank = mod.Bank(teacher, {"encoder": [2], "decoder": [2]})
             d.train_modules(teacher.train(), bank, [(SOURCE, TARGET)], 1, lr=1e-3, seed=seed, rate_start=rate,
                             rate_rise=math.inf, log=log.append)
             records[rate, seed] = log[0]
     with torch.no_grad():
-        ce = d.losses(tiny(), SOURCE, TARGET, d.CE_ONLY)["ce"].item()
+        parts = [d.losses(tiny(), SOURCE[rows], TARGET[rows], d.CE_ONLY)["ce"].item() for rows in ([0, 1], [2])]
+    ce = sum(parts) / 2  # one for the teacher's own layers, one for the modules, which at rate 0 do not run
     for seed in (0, 1):
         record = records[0.0, seed]
         assert record["ce"] == pytest.approx(ce, rel=1e-6), "at rate 0 the step runs the teacher, without dropout"
@@ -479,7 +481,8 @@ def test_module_replacing_with_distillation_runs_without_dropout():
         assert abs(record["hidden"]) < 1e-6 and abs(record["attention"]) < 1e-6, "its states are the teacher's"
         assert record["rate"] == record["rate_encoder"] == record["rate_decoder"] == 0.0
         assert records[1.0, seed]["rate_encoder"] == records[1.0, seed]["rate_decoder"] == 1.0
-    assert records[1.0, 0]["ce"] == records[1.0, 1]["ce"], "distilled modules train without dropout: any seed, one loss"
+    assert len({records[1.0, seed]["ce"] for seed in range(8)}) <= 4, \
+        "distilled modules train without dropout: 2 x 2 ways to deal out the parts, so 4 losses, whatever the seed"
 
 
 def test_dropout_where_no_teacher_is_matched():
@@ -532,7 +535,8 @@ def test_sampled_rates_of_a_training(monkeypatch):
     monkeypatch.setattr(d, "losses", losses)
     steps = 600
     batches = [(SOURCE, TARGET)] * steps
-    d.train_modules(teacher, bank, batches, steps, lr=1e-2, rate_start=0.3, rate_rise=math.inf)
+    options = dict(lr=1e-2, weights=d.CE_ONLY)  # without distillation no part is left to the teacher's layers
+    d.train_modules(teacher, bank, batches, steps, rate_start=0.3, rate_rise=math.inf, **options)
     took = torch.tensor(seen).flatten(1)  # (steps, 3 of the encoder and 3 of the decoder)
     sigma = math.sqrt(0.3 * 0.7 / steps)
     assert ((took.mean(0) - 0.3).abs() < 5 * sigma).all(), \
@@ -544,10 +548,10 @@ def test_sampled_rates_of_a_training(monkeypatch):
     assert lagged < 5 / math.sqrt(steps), "every step draws anew"
     first = list(seen)
     seen.clear()
-    d.train_modules(teacher, bank, batches, 100, lr=1e-2, seed=1, rate_start=0.3, rate_rise=math.inf)
+    d.train_modules(teacher, bank, batches, 100, seed=1, rate_start=0.3, rate_rise=math.inf, **options)
     assert seen != first[:100] and seen[:50] != first[1:51], "another seed samples other paths, not the same a step on"
     seen.clear()
-    d.train_modules(teacher, bank, batches, steps, lr=1e-2, rate_start=0.2, rate_rise=0.5)
+    d.train_modules(teacher, bank, batches, steps, rate_start=0.2, rate_rise=0.5, **options)
     took = torch.tensor(seen).flatten(1).mean(1)
     assert (took[steps // 2:] == 1.0).all(), "after half of the steps the rate is 1"
     rates = torch.tensor([0.2 + 0.8 * step / (steps / 2) for step in range(steps // 2)])

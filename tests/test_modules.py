@@ -153,7 +153,7 @@ def test_each_position_takes_modules_at_the_rate(n, granularities, rate):
 def test_by_granularity():
     assert mod.by_granularity(mod.module_spans(6, [3, 2])) == [[(0, 2), (2, 4), (4, 6)], [(0, 3), (3, 6)]], \
         "the spans of a stack, apart by their length, the shortest first"
-    assert mod.by_granularity([]) == [[]], "a stack without modules has one way to run: its own layers"
+    assert mod.by_granularity([]) == [], "a stack without modules has no granularity"
 
 
 @pytest.mark.parametrize("rate", (0.3, 0.5))
