@@ -206,8 +206,8 @@ def test_replacement_rate_by_hand(step, start, rise, rate):
 
 def test_replacement_rate_by_default():
     rates = [mod.replacement_rate(step, 10) for step in range(10)]
-    assert rates == pytest.approx([0.5 + step / 12 for step in range(6)] + [1.0] * 4), \
-        "by default the rate rises from 0.5 to 1 over 60 % of the steps"
+    assert rates == pytest.approx([0.5 + step / 6 for step in range(3)] + [1.0] * 7), \
+        "by default the rate rises from 0.5 to 1 over 30 % of the steps"
 
 
 # ----------------------------------------------------------------------------- the bank

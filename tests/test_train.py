@@ -170,9 +170,9 @@ def test_frontier_is_valid_svg_for_white_and_dark_pages(finished):
 
 def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys):
     status = assemble_main([str(finished), "--ratio", "2", "--out", str(tmp_path / "half"), "--device", "cpu"])
-    assert status == 0 and "2.00x" in capsys.readouterr().out
-    model = load_t5(tmp_path / "half")
-    assert len(model.encoder.layers) + len(model.decoder.layers) == 6
+    out, layers = capsys.readouterr().out, sum(load_t5(tmp_path / "half").depths.values())
+    assert status == 0 and layers <= 6, "--ratio 2 is at most half of 6+6 layers; what 4 steps made may be best smaller"
+    assert f"ratio       {12 / layers:.2f}x\n" in out, "the ratio printed is that of the model written"
 
 
 def test_second_run_does_not_overwrite_the_first(finished, files, capsys):
