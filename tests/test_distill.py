@@ -890,6 +890,8 @@ def test_log_of_every_percent():
 
 
 def test_loss_is_the_weighted_sum():
+    assert d.WEIGHTS == {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1} and d.CE_ONLY == {"ce": 1.0}, \
+        "the README's results are those of these weights: with others, measure them anew"
     teacher, records, weights = tiny(), [], {"ce": 1.0, "logits": 0.5, "hidden": 2.0, "attention": 0.25}
     d.train_modules(teacher, make_bank(teacher), toy_batches(1), 1, lr=1e-3, weights=weights, rate_start=1.0,
                     log=records.append)
@@ -920,6 +922,10 @@ def test_pick_dtype(monkeypatch):
     assert [d.pick_dtype(name, "cpu", 64) for name in ("float32", "bfloat16", "float16")] == \
         [torch.float32, torch.bfloat16, torch.float16], "a dtype that is named is taken"
     assert d.pick_dtype("auto", "cpu", 64) in (torch.float32, torch.bfloat16), "a CPU has no fast float16"
+    for clock, dtype in (((0, 6, 10, 20), torch.bfloat16), ((0, 8, 10, 20), torch.float32)):
+        monkeypatch.setattr(d.time, "perf_counter", iter(clock).__next__)
+        assert d.pick_dtype("auto", "cpu", 64) is dtype, "bfloat16 on a CPU where it takes less than 0.7 of the time"
+    monkeypatch.setattr(d.time, "perf_counter", iter((0, 6, 10, 20)).__next__)
     assert d.pick_dtype("auto", "mps", 64) is torch.float32, "elsewhere auto takes no risk"
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported

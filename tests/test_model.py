@@ -263,13 +263,15 @@ def test_cuda_computes_what_the_cpu_does(name):
 
 
 @torch.no_grad()
-def test_attention_is_the_same_with_and_without_probabilities():
-    model = tiny()
+def test_attention_is_the_same_with_and_without_probabilities(monkeypatch):
+    model, calls, kernel = tiny(), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **names: calls.append(1) or kernel(*x, **names))
     x, y = padded([[5, 6, 7, 8, 9, 1], [8, 9, 1]]), padded([[0, 9, 4, 7], [0, 3, 3]])
     fused, plain = model.encode(x), model.encode(x, need_probs=True)
     assert torch.allclose(fused.hidden, plain.hidden, atol=1e-5), "both branches of attention must agree (encoder)"
     out = model.decode(y, fused.hidden, x != 0)
     with_probs = model.decode(y, fused.hidden, x != 0, need_probs=True)
+    assert len(calls) == 2 + 4, "the fused kernel runs in all 6 attentions, or both branches were not compared here"
     assert torch.allclose(out.hidden, with_probs.hidden, atol=1e-5), "both branches must agree (decoder)"
     assert fused.probs == [(None,)] * 2 and out.probs == [(None, None)] * 2, "no probabilities unless asked for"
     (encoder,), (own, cross) = plain.probs[1], with_probs.probs[1]
@@ -618,6 +620,11 @@ def test_head_and_scale_are_independent(name, scale, tmp_path):
         change_config(tmp_path, drop=("scale_decoder_outputs",))
         assert m.load_t5(tmp_path).config.scale_decoder_outputs is False, "the tie must imply the scale"
         assert "lm_head.weight" in header_of(tmp_path / "model.safetensors")[0], "untied files have a head"
+
+
+def test_defaults_are_hugging_faces():
+    assert m.T5Config() == m.T5Config(32128, 512, 64, 2048, 8, 6, 6, 32, 128, 0.1, 1e-6, "relu", True, True, 0, 1, 0), \
+        "what a config.json leaves out has Hugging Face's default, the value of t5-small"
 
 
 def test_old_configs(folder):

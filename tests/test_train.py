@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from assemble import assemble
 from assemble import main as assemble_main
 from data import Tokenizer, read_pairs, toy_corpus
 from model import load_t5, read_safetensors, write_safetensors
-from modules import STACKS, load_bank
+from modules import STACKS, divisors, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--steps", "4",
@@ -71,6 +72,44 @@ def test_run_folder_is_complete(finished):
         assert (finished / name).exists(), f"a finished run holds {name}"
     assert not (finished / "checkpoint.pt").exists(), "a finished run needs no checkpoint any more"
     assert not list(finished.rglob("*.part")), "nothing half-written stays"
+    settings = json.loads((finished / "args.json").read_text(encoding="utf-8"))
+    assert settings["steps"] == 4 and not {"out", "resume", "device"} & set(settings), \
+        "args.json holds the run's settings, and not what --resume may change"
+
+
+FILES = ["--train", "a", "--valid", "b", "--test", "c"]
+SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "first", "teacher_lr": 1.5e-2,
+            "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab": 200, "batch_tokens": 2048,
+       "teacher_steps": 900, "steps": 400, "max_length": 64, "baselines": "sft:3+3,kd:3+3,sft:1+1,kd:1+1"}
+REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
+        "teacher_steps": 2820, "steps": 940, "max_length": 128, "baselines": ""}
+
+
+@pytest.mark.parametrize("options, settings", (
+    ([], TOY), (FILES, REAL), ([*FILES, "--teacher", "t5-small"], {**REAL, "teacher_lr": 1e-3, "lr": 5e-3}),
+    (["--lr", "0.5", "--steps", "7"], {**TOY, "lr": 0.5, "steps": 7})), ids=("toy", "real", "fine-tuning", "options"))
+def test_settings_by_default(options, settings):
+    found = vars(train.parse_args(options))
+    for name, value in {**SETTINGS, **settings}.items():
+        assert found[name] == value, f"the README's results are those of {name} {value}: with another, measure anew"
+
+
+def test_toy_data_by_default():
+    pairs = train.read_data(train.parse_args(["--seed", "3"]))
+    assert {name: len(part) for name, part in pairs.items()} == {"train": 20000, "valid": 500, "test": 500}
+    assert pairs["train"][:5] == toy_corpus(5, seed=3), "the seed is that of the data, too"
+
+
+@pytest.mark.parametrize("encoder, decoder, shapes", (
+    (12, 12, [(11, 11), (9, 9), (8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (6, 12), (12, 6), (2, 12), (12, 2)]),
+    (6, 12, [(5, 11), (5, 9), (4, 8), (3, 6), (2, 4), (1, 2), (3, 12), (6, 6), (1, 12), (6, 2)]),  # none near 2.4, 4
+    (2, 2, [(2, 1), (1, 1), (1, 2)])))
+def test_shapes_of_the_table_by_hand(encoder, decoder, shapes):
+    teacher = SimpleNamespace(depths={"encoder": encoder, "decoder": decoder})
+    bank = SimpleNamespace(spans={stack: module_spans(n, divisors(n)) for stack, n in teacher.depths.items()})
+    assert train.study_shapes(teacher, bank) == shapes, \
+        f"{encoder}+{decoder}: 1.1x to 6x, both stacks alike, then half and the least of each stack alone; none twice"
 
 
 def test_two_processes_make_one_run(files, tmp_path):
