@@ -480,12 +480,18 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[4:]]
     speeds, damages = [float(row[3].rstrip("x")) for row in rows], [float(row[4]) for row in rows]
     assert speeds == sorted(speeds) and damages == sorted(damages), "faster must cost more, or it would not be listed"
+    teacher = m.load_t5(run_folder / "teacher")
+    bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
+    damage = a.read_damages(run_folder, teacher, bank, None)  # stored by the command
+    least = {(e, d): a.candidates(teacher, bank, damage, lambda *shape: shape == (e, d), 1)[0][0]
+             for e in a.depths(4, bank.spans["encoder"]) for d in a.depths(6, bank.spans["decoder"])}
+    worth = [f"{e}+{d}" for (e, d), estimate in least.items() if not any(
+        (x + 3 * y, other) < (e + 3 * d, estimate) and other <= estimate for (x, y), other in least.items())]
+    assert sorted(row[0] for row in rows) == sorted(worth), "every depth that no other beats in speed and damage, once"
     for layers, ratio, size, speed, _, encoder, decoder in rows:
         e, d = map(int, layers.split("+"))
         assert (len(encoder.split(",")), len(decoder.split(","))) == (e, d) and ratio == f"{10 / (e + d):.2f}x"
         assert float(speed.rstrip("x")) == pytest.approx(23 / (1 + e + 3 * d), abs=0.006), "by the time of layers"
-        teacher = m.load_t5(run_folder / "teacher")
-        bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
         paths = {stack: mod.path_of(map(int, lengths.split(",")))
                  for stack, lengths in zip(mod.STACKS, (encoder, decoder))}
         assert size == f"{a.parameters(a.assemble(teacher, bank, paths)):,}", "the parameters of that very assembly"

@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +95,14 @@ def test_settings_by_default(options, settings):
         assert found[name] == value, f"the README's results are those of {name} {value}: with another, measure anew"
 
 
+def test_least_settings():
+    for name, least in {"layers": 1, "d-model": 32, "vocab": 1, "max-length": 2, "batch-tokens": 1, "num-beams": 1,
+                        "steps": 1, "teacher-steps": 0, "seed": 0}.items():
+        train.parse_args([f"--{name}", str(least)])
+        with pytest.raises(ValueError, match=f"--{name} {least - 1}: must be at least {least}"):
+            train.parse_args([f"--{name}", str(least - 1)])
+
+
 def test_toy_data_by_default():
     pairs = train.read_data(train.parse_args(["--seed", "3"]))
     assert {name: len(part) for name, part in pairs.items()} == {"train": 20000, "valid": 500, "test": 500}
@@ -106,8 +114,8 @@ def test_toy_data_by_default():
     (6, 12, [(5, 11), (5, 9), (4, 8), (3, 6), (2, 4), (1, 2), (3, 12), (6, 6), (1, 12), (6, 2)]),  # none near 2.4, 4
     (2, 2, [(2, 1), (1, 1), (1, 2)])))
 def test_shapes_of_the_table_by_hand(encoder, decoder, shapes):
-    teacher = SimpleNamespace(depths={"encoder": encoder, "decoder": decoder})
-    bank = SimpleNamespace(spans={stack: module_spans(n, divisors(n)) for stack, n in teacher.depths.items()})
+    teacher = Namespace(depths={"encoder": encoder, "decoder": decoder})
+    bank = Namespace(spans={stack: module_spans(n, divisors(n)) for stack, n in teacher.depths.items()})
     assert train.study_shapes(teacher, bank) == shapes, \
         f"{encoder}+{decoder}: 1.1x to 6x, both stacks alike, then half and the least of each stack alone; none twice"
 
@@ -204,6 +212,7 @@ def test_frontier_is_valid_svg_for_white_and_dark_pages(finished):
     assert len(circles) == len(rows), "one point a model"
     _, _, width, height = map(float, root.get("viewBox").split())
     assert all(0 < float(c.get("cx")) < width and 0 < float(c.get("cy")) < height for c in circles)
+    assert not any((e.tail or "").strip() for e in root.iter()), "words outside of <text> are not drawn"
     assert not any(colour in text for colour in ("#000", "#fff", "black", "white")), "mid-tones read on any page"
 
 
@@ -212,6 +221,60 @@ def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys):
     out, layers = capsys.readouterr().out, sum(load_t5(tmp_path / "half").depths.values())
     assert status == 0 and layers <= 6, "--ratio 2 is at most half of 6+6 layers; what 4 steps made may be best smaller"
     assert f"ratio       {12 / layers:.2f}x\n" in out, "the ratio printed is that of the model written"
+
+
+def test_outputs_are_in_order_and_without_padding():
+    torch.manual_seed(0)
+    model = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=1,
+                                    num_decoder_layers=1, tie_word_embeddings=False)).eval()
+    sources = [[2 + i % 18] * (1 + i * 7 % 5) + [1] for i in range(70)]  # more than one batch, of any lengths
+    found = train.translate(model, sources, Namespace(max_length=4, num_beams=1, device="cpu"), "teacher")
+    assert len(set(map(tuple, found))) > 5, "outputs that are all alike would not show their order"
+    for source, ids in zip(sources, found, strict=True):
+        alone = model.generate(torch.tensor([source]), 4)[0].tolist()
+        assert ids == [i for i in alone if i != 0], f"{source} is answered with {alone}, whatever stands beside it"
+
+
+def test_pseudo_labels_by_hand(monkeypatch):
+    outputs = [[5, 6, 1], [5, 6, 7], [5, 6], []]
+    monkeypatch.setattr(train, "translate", lambda *_: outputs)
+    pairs = [([9 + i, 1], [8, 1]) for i in range(4)]
+    found = train.relabel(Namespace(config=train.T5Config()), train.Batches(pairs, 100, 0, 0),
+                          Namespace(max_length=3, batch_tokens=100, seed=0))
+    assert found.examples == [([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
+        "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
+
+
+def test_the_others_wait_for_the_first_and_end_when_it_fails(monkeypatch):
+    sent, failed = [], [False]
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda x: sent.append(list(x)))
+    with train.first_goes_first(True):
+        assert not sent, "the others wait until the first is done"
+    with pytest.raises(ValueError), train.first_goes_first(True):
+        raise ValueError
+    assert sent == [[False], [True]], "the first tells the others whether it failed"
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda x: x.__setitem__(0, failed[0]))
+    with train.first_goes_first(False):
+        failed[0] = True
+    assert failed[0], "after a first one that did not fail the others run the block, too"
+    with pytest.raises(SystemExit) as ended, train.first_goes_first(False):
+        pytest.fail("after a first one that failed they do not")
+    assert ended.value.code == 2
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    args, joined = Namespace(device="cuda"), []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **_: joined.append(backend))
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 2 .* there are 1"):
+        train.join_processes(args)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert not train.join_processes(args) and args.device == "cuda:1" and joined == [1, "nccl"], \
+        "the second process has the second GPU"
 
 
 def test_second_run_does_not_overwrite_the_first(finished, files, capsys):
