@@ -876,8 +876,9 @@ def test_float16_skips_steps_that_overflow_and_counts_them():
     assert "skipped" not in records[-1], "float32 has no scale to overflow"
 
 
-def test_log_of_every_percent():
+def test_log_of_every_percent(monkeypatch):
     records = []
+    monkeypatch.setattr(d.time, "perf_counter", itertools.count().__next__)  # a record a second
     d.fit(tiny(1, 1), lambda step, source, target: ({"ce": torch.tensor(3.0), "hidden": torch.tensor(0.25)},
                                                     {"rate": 0.5}),
           toy_batches(1) * 250, 250, seed=0, weights={"ce": 1.0, "hidden": 2.0}, lr=1e-3, name="stage",
@@ -887,6 +888,9 @@ def test_log_of_every_percent():
                         "hidden_weighted": 0.5, "rate": 0.5}.items():
         assert records[0][name] == value, f"{name} must be logged as {value}: terms raw and weighted"
     assert {"grad_norm", "lr", "tokens_per_s"} <= records[0].keys()
+    tokens = sum(ids.numel() for ids in toy_batches(1)[0])
+    for seconds, record in enumerate(records, start=1):
+        assert record["tokens_per_s"] == record["step"] * tokens / seconds, "source and target tokens since the start"
 
 
 def test_loss_is_the_weighted_sum():

@@ -807,6 +807,22 @@ def test_bad_config(folder, values, words):
     refused(folder, "config.json", *words, error=ValueError)
 
 
+@pytest.mark.parametrize("good, bad", (
+    ({"dropout_rate": 0}, {"dropout_rate": -0.1}), ({"dropout_rate": 0.99}, {"dropout_rate": 1}),
+    ({"num_layers": 1}, {"num_layers": 0}), ({"num_layers": 1024}, {"num_layers": 1025}),
+    ({"d_ff": 1 << 20}, {"d_ff": (1 << 20) + 1}), ({"pad_token_id": 98}, {"pad_token_id": 99}),  # of 99 words
+    ({"relative_attention_num_buckets": 4}, {"relative_attention_num_buckets": 3}),
+    ({"relative_attention_num_buckets": 8, "relative_attention_max_distance": 5},
+     {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 4})))
+def test_config_at_its_limits(folder, good, bad):
+    change_config(folder, **good)
+    config = m.read_config(folder / "config.json")
+    assert good.items() <= vars(config).items(), f"{good} is possible"
+    change_config(folder, **bad)
+    with pytest.raises(ValueError, match=f"config.json.*{[*bad][-1]}|config.json: a token id lies outside"):
+        m.read_config(folder / "config.json")
+
+
 @pytest.mark.parametrize("text", (b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100000, b"1" * 5000))
 def test_config_that_is_no_json_object(folder, text):
     (folder / "config.json").write_bytes(text)
