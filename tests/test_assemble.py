@@ -299,6 +299,7 @@ def test_bytes_read_by_hand():
 def test_possible_speedup_is_the_ratio_of_bytes(monkeypatch):
     monkeypatch.setattr(a, "bytes_read", {"teacher": (100, 10), "model": (40, 1)}.get)
     assert a.possible_speedup("teacher", "model", tokens=20) == 300 / 60, "(100 + 20 * 10) / (40 + 20 * 1)"
+    assert a.possible_speedup("teacher", "model") == 340 / 64, "24 tokens, as where speed is measured"
 
 
 def test_a_small_model_is_faster():
@@ -314,12 +315,15 @@ def test_speedup_by_hand(monkeypatch):
     asked = []
 
     def seconds(model, source, tokens):
+        assert tokens == 24, "sentences of 24 tokens, unless told otherwise"
         asked.append(model)
         return times[model][asked.count(model) - 1]
     monkeypatch.setattr(a, "seconds", seconds)
     assert a.speedup("teacher", "model", None, rounds=5) == 7.0 / 2.0, \
         "after one round to warm up, the median of 6, 8, 90, 7, 6 over that of 2, 60, 4, 1, 2"
     assert asked == ["teacher", "model"] * 6, "the two take turns, so that a slow minute hits both"
+    monkeypatch.setattr(a, "seconds", lambda *x: asked.append(x) or 1.0)
+    assert a.speedup("teacher", "model", None) == 1.0 and len(asked) == 12 + 16, "7 rounds after the first, by default"
 
 
 def test_seconds_decodes_all_tokens(monkeypatch):
@@ -409,10 +413,16 @@ def test_damages_are_measured_once(run_folder, tmp_path, monkeypatch):
 
 
 def test_layer_seconds_fits_the_line(monkeypatch):
-    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 0.5 + 0.01 * model.depths["encoder"]
-                        + 0.2 * model.depths["decoder"])
+    asked = []
+
+    def seconds(model, source, tokens):
+        asked.append((*model.depths.values(), tokens))
+        return 0.5 + 0.01 * model.depths["encoder"] + 0.2 * model.depths["decoder"] + 9 * (len(asked) < 5)
+    monkeypatch.setattr(a, "seconds", seconds)
     assert a.layer_seconds(tiny(), None) == pytest.approx([0.5, 0.01, 0.2]), \
         "a fixed part, and what each layer of either stack adds"
+    assert asked == [(1, 1, 24), (1, 6, 24), (4, 1, 24), (4, 6, 24)] * 6, \
+        "four depths in turn, 24 tokens, in 5 rounds after one to warm up"
 
 
 def test_layer_seconds_stands_a_wrong_clock(monkeypatch):
@@ -445,7 +455,7 @@ def test_candidates_are_the_best_of_all_assemblies():
     assert [(paths["encoder"], paths["decoder"]) for _, paths in found] == [tuple(entry[1:]) for entry in every[:7]]
 
 
-def test_search_scores_the_candidates_for_real():
+def test_search_scores_the_candidates_for_real(monkeypatch):
     teacher = tiny()
     bank = make_bank(teacher)
     damage = {stack: dict.fromkeys(bank.spans[stack], 0.0) for stack in mod.STACKS}  # an estimate that knows nothing
@@ -454,6 +464,8 @@ def test_search_scores_the_candidates_for_real():
             for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 5, 1000)}
     assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "the candidate with the least loss wins"
     assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within this budget"
+    monkeypatch.setattr(a, "candidates", lambda *options: [] if options[-1] == 8 else None)
+    assert a.search(teacher, bank, damage, lambda e, d: True, BATCHES) is None, "eight are scored by default"
 
 
 @pytest.mark.parametrize("options, within", (
@@ -672,6 +684,10 @@ def test_bad_options(run_folder, tmp_path, capsys, quick, options, words):
     assert status == 2, f"a wrong option is exit status 2: {options}"
     assert error.count("\n") == 1 and all(word in error for word in words), f"one line that names it, not: {error}"
     assert out == "" and list(tmp_path.iterdir()) == [], "nothing is printed and nothing written"
+
+
+def test_count_by_hand():
+    assert [a.count(text) for text in ("12", "500K", "40M", "1.5B")] == [12, 500_000, 40_000_000, 1_500_000_000]
 
 
 @pytest.mark.parametrize("options", (["--ratio", "two"], ["--strategy", "best", "--ratio", "2"]))

@@ -621,12 +621,17 @@ def test_checkpoint_of_another_stage_is_ignored(uninterrupted, tmp_path):
         "a checkpoint that another stage left must change nothing"
 
 
-def test_checkpoints_are_written_by_time_and_not_at_the_end(tmp_path):
+def test_checkpoints_are_written_by_time_and_not_at_the_end(tmp_path, monkeypatch):
     train("sft", steps=3, checkpoint=tmp_path / "checkpoint.pt", save_every=1e9)
     assert not (tmp_path / "checkpoint.pt").exists(), "none is due within a second"
     train("sft", steps=3, checkpoint=tmp_path / "checkpoint.pt", save_every=0)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2, "after the last step there is nothing to go on with"
+    saved = []
+    monkeypatch.setattr(d, "save_checkpoint", lambda state, path: saved.append(state["step"]))
+    monkeypatch.setattr(d.time, "perf_counter", itertools.count(0, 20).__next__)  # read at the start, twice a step
+    train("sft", steps=4, checkpoint=tmp_path / "other.pt")
+    assert saved == [2], "by default, one is due when more than 60 seconds have passed: not after 60, but after 100"
 
 
 def test_failed_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):

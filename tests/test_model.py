@@ -399,7 +399,8 @@ def follow(model, table):
 def test_beam_search_by_hand(penalty, n, table, ids, rule):
     """Keep the K best prefixes; a finished one scores its sum of log p over length ** length_penalty."""
     model = follow(tiny(decoder_start_token_id=2), table)
-    found = model.generate(padded([[5, 1]]), n, num_beams=2, length_penalty=penalty).tolist()
+    options = {"length_penalty": penalty} if penalty != 1.0 else {}  # 1 is the default
+    found = model.generate(padded([[5, 1]]), n, num_beams=2, **options).tolist()
     assert trimmed(found) == [ids], f"{rule}: {ids}, not {trimmed(found)[0]}"
 
 
@@ -485,6 +486,14 @@ def test_generate_can_be_trained_on():
     assert model.training and model.encoder.layers[0].training, "generate gives the mode back as it found it"
     model(x, ids).sum().backward()  # inference_mode would forbid this
     assert model.embedding.weight.grad is not None, "pseudo-labels are trained on"
+
+
+def test_one_beam_and_64_tokens_by_default(text_folder, capsys, monkeypatch):
+    model = follow(tiny(decoder_start_token_id=2), {2: {3: 0.6, 4: 0.4}, 3: {3: 0.5, 5: 0.4}, 4: {4: 1.0}})
+    assert model.generate(padded([[5, 1]])).tolist() == [[3] * 64], "the likeliest word each time, not the best 64"
+    asked = []
+    monkeypatch.setattr(m.T5, "generate", lambda self, ids, *options: asked.append(options) or ids)
+    assert m.main([str(text_folder), "text"]) == 0 and asked == [(64, 1)], "on the command line, too"
 
 
 @pytest.mark.parametrize("options", ({"max_new_tokens": 0}, {"num_beams": 0}))
