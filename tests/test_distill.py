@@ -318,7 +318,8 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
     assert same(copy_of(teacher), before), "training modules must leave the teacher as it was, bit for bit"
     assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters()), \
         "no gradient is kept for the teacher"
-    used = {f"{stack}.{a}-{b}." for path, stack in zip(paths, itertools.cycle(mod.STACKS)) for a, b in path if b - a > 1}
+    used = {f"{stack}.{a}-{b}."
+            for path, stack in zip(paths, itertools.cycle(mod.STACKS)) for a, b in path if b - a > 1}
     assert 1 < len(used) < sum(map(len, bank.spans.values())), "the test needs modules on the paths and off them"
     for name, weight in bank.state_dict().items():
         if name.startswith(tuple(used)):
@@ -372,11 +373,14 @@ def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in weights if weight.grad is not None))
         seen.append((list(map(id, weights)), norm, [(group["lr"], group["size"]) for group in self.param_groups]))
+        assert all(group["betas"] == (0.9, 0.98) and group["weight_decay"] == 0.01 for group in self.param_groups)
         return step(self, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     records = []
     d.train_modules(teacher, bank, toy_batches(10), 10, lr=1e-2, weights=dict.fromkeys(TERMS, 50.0),
                     log=records.append)
+    assert [record["rate"] for record in records] == pytest.approx([0.5, 2 / 3, 5 / 6] + [1.0] * 7), \
+        "by default the replacement rate rises from 0.5 to 1 over 30 % of the steps"
     for i, ((ids, norm, rates), record) in enumerate(zip(seen, records, strict=True)):
         assert sorted(ids) == sorted(map(id, bank.parameters())), "the optimizer must see exactly the bank's parameters"
         assert record["grad_norm"] > 1.0 and norm == pytest.approx(1.0, abs=1e-3), "gradients are clipped to norm 1"
