@@ -488,7 +488,7 @@ def test_generate_can_be_trained_on():
     assert model.embedding.weight.grad is not None, "pseudo-labels are trained on"
 
 
-def test_one_beam_and_64_tokens_by_default(text_folder, capsys, monkeypatch):
+def test_greedy_and_64_tokens_by_default(text_folder, capsys, monkeypatch):
     model = follow(tiny(decoder_start_token_id=2), {2: {3: 0.6, 4: 0.4}, 3: {3: 0.5, 5: 0.4}, 4: {4: 1.0}})
     assert model.generate(padded([[5, 1]])).tolist() == [[3] * 64], "the likeliest word each time, not the best 64"
     asked = []

@@ -219,8 +219,8 @@ def test_table_has_the_teacher_eight_assemblies_and_the_baselines(finished):
 
 
 def test_scores_by_hand(finished, tmp_path, monkeypatch):
-    args, teacher, tokenizer = train.parse_args(["--resume", "--out", str(finished)]), load_t5(finished / "teacher"), \
-        Tokenizer(finished)
+    args = train.parse_args(["--resume", "--out", str(finished), "--device", "cpu"])
+    teacher, tokenizer = load_t5(finished / "teacher"), Tokenizer(finished)
     args.out, pairs, qualities, timed = tmp_path, train.read_data(args), [40.0, 10.0, 0.0], []
     monkeypatch.setitem(train.METRICS, "exact", lambda hypotheses, references: qualities.pop(0))
     monkeypatch.setattr(train, "speedup", lambda *models_and_source: timed.append(models_and_source) or 2.5)
