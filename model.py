@@ -151,7 +151,7 @@ class Attention(nn.Module):
         """(B, K, d_model) -> two (B, H, K, d_kv)."""
         return self.heads(self.k(x)), self.heads(self.v(x))
 
-    def forward(self, x, keys, values, bias, need_probs=False):
+    def forward(self, x, keys, values, bias, need_probs):
         """x (B, T, d_model), keys and values (B, H, K, d_kv), bias broadcastable to (B, H, T, K).
 
         Returns (B, T, d_model) and, if asked, the probabilities (B, H, T, K) in float32, else None. The fused kernel

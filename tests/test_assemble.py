@@ -301,6 +301,7 @@ def test_bytes_read_by_hand():
 def test_possible_speedup_is_the_ratio_of_bytes(monkeypatch):
     monkeypatch.setattr(a, "bytes_read", {"teacher": (100, 10), "model": (40, 1)}.get)
     assert a.possible_speedup("teacher", "model", tokens=20) == 300 / 60, "(100 + 20 * 10) / (40 + 20 * 1)"
+    assert a.possible_speedup("teacher", "model") == 340 / 64, "24 tokens, as where speed is measured"
 
 
 def test_a_small_model_is_faster():
@@ -316,12 +317,15 @@ def test_speedup_by_hand(monkeypatch):
     asked = []
 
     def seconds(model, source, tokens):
+        assert tokens == 24, "sentences of 24 tokens, unless told otherwise"
         asked.append(model)
         return times[model][asked.count(model) - 1]
     monkeypatch.setattr(a, "seconds", seconds)
     assert a.speedup("teacher", "model", None, rounds=5) == 7.0 / 2.0, \
         "after one round to warm up, the median of 6, 8, 90, 7, 6 over that of 2, 60, 4, 1, 2"
     assert asked == ["teacher", "model"] * 6, "the two take turns, so that a slow minute hits both"
+    monkeypatch.setattr(a, "seconds", lambda *x: asked.append(x) or 1.0)
+    assert a.speedup("teacher", "model", None) == 1.0 and len(asked) == 12 + 16, "7 rounds after the first, by default"
 
 
 def test_seconds_decodes_all_tokens(monkeypatch):
@@ -329,6 +333,7 @@ def test_seconds_decodes_all_tokens(monkeypatch):
 
     def spy(self, token, *args, **kwargs):
         lengths.append((token.shape, kwargs["cache"].layers[0].length))
+        assert (kwargs["cache"].memory_bias == 0).all(), "every token of the source is attended to, as none is padding"
         return decode(self, token, *args, **kwargs)
     monkeypatch.setattr(m.T5, "decode", spy)
     model.head.weight.data[1] = 1e3  # eos at once, for a search that stops
@@ -348,10 +353,9 @@ def test_choose_speedup_takes_the_largest(monkeypatch, strategy, wanted, shape):
 
 
 def test_choose_speedup_names_the_fastest(monkeypatch):
-    monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 10 / (len(model.encoder.layers)
-                                                                          + len(model.decoder.layers)))
+    monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 1 / sum(model.depths.values()))  # slower than it
     teacher = tiny()
-    with pytest.raises(ValueError, match="--speedup 9: no size-first .* 5.00"):
+    with pytest.raises(ValueError, match="--speedup 9: no size-first .* 0.50"):
         a.choose_speedup(make_bank(teacher), teacher, 9.0, "size-first", None)
 
 
@@ -412,10 +416,16 @@ def test_damages_are_measured_once(run_folder, tmp_path, monkeypatch):
 
 
 def test_layer_seconds_fits_the_line(monkeypatch):
-    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 0.5 + 0.01 * model.depths["encoder"]
-                        + 0.2 * model.depths["decoder"])
+    asked = []
+
+    def seconds(model, source, tokens):
+        asked.append((*model.depths.values(), tokens))
+        return 0.5 + 0.01 * model.depths["encoder"] + 0.2 * model.depths["decoder"] + 9 * (len(asked) < 5)
+    monkeypatch.setattr(a, "seconds", seconds)
     assert a.layer_seconds(tiny(), None) == pytest.approx([0.5, 0.01, 0.2]), \
         "a fixed part, and what each layer of either stack adds"
+    assert asked == [(1, 1, 24), (1, 6, 24), (4, 1, 24), (4, 6, 24)] * 6, \
+        "four depths in turn, 24 tokens, in 5 rounds after one to warm up"
 
 
 def test_layer_seconds_stands_a_wrong_clock(monkeypatch):
@@ -448,7 +458,7 @@ def test_candidates_are_the_best_of_all_assemblies():
     assert [(paths["encoder"], paths["decoder"]) for _, paths in found] == [tuple(entry[1:]) for entry in every[:7]]
 
 
-def test_search_scores_the_candidates_for_real():
+def test_search_scores_the_candidates_for_real(monkeypatch):
     teacher = tiny()
     bank = make_bank(teacher)
     damage = {stack: dict.fromkeys(bank.spans[stack], 0.0) for stack in mod.STACKS}  # an estimate that knows nothing
@@ -457,6 +467,8 @@ def test_search_scores_the_candidates_for_real():
             for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 5, 1000)}
     assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "the candidate with the least loss wins"
     assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within this budget"
+    monkeypatch.setattr(a, "candidates", lambda *options: [] if options[-1] == 8 else None)
+    assert a.search(teacher, bank, damage, lambda e, d: True, BATCHES) is None, "eight are scored by default"
 
 
 @pytest.mark.parametrize("options, within", (
@@ -483,12 +495,18 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[4:]]
     speeds, damages = [float(row[3].rstrip("x")) for row in rows], [float(row[4]) for row in rows]
     assert speeds == sorted(speeds) and damages == sorted(damages), "faster must cost more, or it would not be listed"
+    teacher = m.load_t5(run_folder / "teacher")
+    bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
+    damage = a.read_damages(run_folder, teacher, bank, None)  # stored by the command
+    least = {(e, d): a.candidates(teacher, bank, damage, lambda *shape: shape == (e, d), 1)[0][0]
+             for e in a.depths(4, bank.spans["encoder"]) for d in a.depths(6, bank.spans["decoder"])}
+    worth = [f"{e}+{d}" for (e, d), estimate in least.items() if not any(
+        (x + 3 * y, other) < (e + 3 * d, estimate) and other <= estimate for (x, y), other in least.items())]
+    assert sorted(row[0] for row in rows) == sorted(worth), "every depth that no other beats in speed and damage, once"
     for layers, ratio, size, speed, _, encoder, decoder in rows:
         e, d = map(int, layers.split("+"))
         assert (len(encoder.split(",")), len(decoder.split(","))) == (e, d) and ratio == f"{10 / (e + d):.2f}x"
         assert float(speed.rstrip("x")) == pytest.approx(23 / (1 + e + 3 * d), abs=0.006), "by the time of layers"
-        teacher = m.load_t5(run_folder / "teacher")
-        bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
         paths = {stack: mod.path_of(map(int, lengths.split(",")))
                  for stack, lengths in zip(mod.STACKS, (encoder, decoder))}
         assert size == f"{a.parameters(a.assemble(teacher, bank, paths)):,}", "the parameters of that very assembly"
@@ -669,6 +687,10 @@ def test_bad_options(run_folder, tmp_path, capsys, quick, options, words):
     assert status == 2, f"a wrong option is exit status 2: {options}"
     assert error.count("\n") == 1 and all(word in error for word in words), f"one line that names it, not: {error}"
     assert out == "" and list(tmp_path.iterdir()) == [], "nothing is printed and nothing written"
+
+
+def test_count_by_hand():
+    assert [a.count(text) for text in ("12", "500K", "40M", "1.5B")] == [12, 500_000, 40_000_000, 1_500_000_000]
 
 
 @pytest.mark.parametrize("options", (["--ratio", "two"], ["--strategy", "best", "--ratio", "2"]))

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,12 @@ def test_t5_decode_skips_what_is_not_text():
 @pytest.mark.parametrize("text", ["jump left twice", "walk <extra_id_0> run <extra_id_99>", "<extra_id_7>"])
 def test_round_trip(toy_tokenizer, text):
     assert toy_tokenizer.decode(toy_tokenizer.encode(text)) == text, "decoding undoes encoding"
+
+
+def test_decode_skips_what_is_not_text(toy_tokenizer):
+    ids = toy_tokenizer.encode("jump left")  # 60 pieces, the sentinels are 60 to 159
+    assert toy_tokenizer.decode([0, *ids, 160, 161, -100, 60, 159, 0]) == "jump left <extra_id_99> <extra_id_0>", \
+        "pad, eos, ids past the vocabulary and negative labels are not text"
 
 
 def test_trained_tokenizer_has_t5_ids(toy_tokenizer):
@@ -169,7 +176,16 @@ def test_toy_means_what_it_says():
         for lexicon, word, particle, following in zip(lexicons, words, particles, [*particles[1:], 0]):
             english, word_class = next((e, c) for e, (t, c) in lexicon.items() if t == word)
             assert english in source, f"{source!r}: {word} translates {english}"
-            assert particle == data.AGREEMENT[word_class][following], f"{target!r}: {word}'s particle does not agree"
+            assert particle == (0, following, (following + 1) % 3)[word_class], \
+                f"{target!r}, {word}: class 0 settles the particle, class 1 takes over the next one, class 2 turns it"
+
+
+@pytest.mark.parametrize("chosen, source, target", (
+    ([0, 0, 0, 0], "anna sees a ball at home", "mira na vidan ko bola ko domar na"),
+    ([2, 1, 0, 2], "the cat takes a ball outside", "sefi ko rimu na bola shi foril ko")))
+def test_toy_pair_by_hand(chosen, source, target):
+    rng = SimpleNamespace(choice=lambda words: words[chosen.pop(0)], sample=lambda words, n: words[:n])
+    assert data.toy_pair(rng) == (source, target), "from the last word back: na, then as each word's class says"
 
 
 def test_first_particle_depends_on_every_word():
@@ -330,6 +346,7 @@ def test_a_batch_is_as_full_as_its_own_lengths_allow():
 
 def test_examples_of_equal_length_change_company():
     batches = data.Batches([([i + 1], [7]) for i in range(40)], tokens=20, pad_id=0, seed=0)
+    assert len(batches) == 4, "ten pairs of two tokens fill a budget of 20: it may be reached, not passed"
     company = [{frozenset(source[:, 0].tolist()) for source, _ in epoch(batches, n)} for n in (0, 1)]
     assert len(company[0] & company[1]) <= 1, "ties must be broken anew in every epoch"
 
@@ -340,7 +357,9 @@ def test_batches_can_be_resumed_anywhere():
     first = [stream[k] for k in range(3 * len(stream))]
     resumed = data.Batches(examples, tokens=200, pad_id=0, seed=5)
     for k in (2 * len(stream) + 3, 0, len(stream) - 1, len(stream)):
-        assert equal([resumed[k]], [first[k]]), f"batch {k} must depend on seed and k alone"
+        anew = data.Batches(examples, tokens=200, pad_id=0, seed=5)
+        for batches in (resumed, anew):
+            assert equal([batches[k]], [first[k]]), f"batch {k} must depend on seed and k alone, not on what was asked"
     other = data.Batches(examples, tokens=200, pad_id=0, seed=6)
     assert not equal(epoch(other, 0), first[:len(stream)]), "another seed, another order"
 

@@ -321,7 +321,8 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
     assert same(copy_of(teacher), before), "training modules must leave the teacher as it was, bit for bit"
     assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters()), \
         "no gradient is kept for the teacher"
-    used = {f"{stack}.{a}-{b}." for path, stack in zip(paths, itertools.cycle(mod.STACKS)) for a, b in path if b - a > 1}
+    used = {f"{stack}.{a}-{b}."
+            for path, stack in zip(paths, itertools.cycle(mod.STACKS)) for a, b in path if b - a > 1}
     assert 1 < len(used) < sum(map(len, bank.spans.values())), "the test needs modules on the paths and off them"
     for name, weight in bank.named_parameters():
         if name.startswith(("frame.", *used)):
@@ -376,11 +377,14 @@ def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in weights if weight.grad is not None))
         seen.append((list(map(id, weights)), norm, [(group["lr"], group["size"]) for group in self.param_groups]))
+        assert all(group["betas"] == (0.9, 0.98) and group["weight_decay"] == 0.01 for group in self.param_groups)
         return step(self, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     records = []
     d.train_modules(teacher, bank, toy_batches(10), 10, lr=1e-2, weights=dict.fromkeys(TERMS, 50.0),
                     log=records.append)
+    assert [record["rate"] for record in records] == pytest.approx([0.5, 2 / 3, 5 / 6] + [1.0] * 7), \
+        "by default the replacement rate rises from 0.5 to 1 over 30 % of the steps"
     for i, ((ids, norm, rates), record) in enumerate(zip(seen, records, strict=True)):
         assert sorted(ids) == sorted(map(id, bank.parameters())), "the optimizer must see exactly the bank's parameters"
         assert record["grad_norm"] > 1.0 and norm == pytest.approx(1.0, abs=1e-3), "gradients are clipped to norm 1"
@@ -632,12 +636,17 @@ def test_checkpoint_of_another_stage_is_ignored(uninterrupted, tmp_path):
         "a checkpoint that another stage left must change nothing"
 
 
-def test_checkpoints_are_written_by_time_and_not_at_the_end(tmp_path):
+def test_checkpoints_are_written_by_time_and_not_at_the_end(tmp_path, monkeypatch):
     train("sft", steps=3, checkpoint=tmp_path / "checkpoint.pt", save_every=1e9)
     assert not (tmp_path / "checkpoint.pt").exists(), "none is due within a second"
     train("sft", steps=3, checkpoint=tmp_path / "checkpoint.pt", save_every=0)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2, "after the last step there is nothing to go on with"
+    saved = []
+    monkeypatch.setattr(d, "save_checkpoint", lambda state, path: saved.append(state["step"]))
+    monkeypatch.setattr(d.time, "perf_counter", itertools.count(0, 20).__next__)  # read at the start, twice a step
+    train("sft", steps=4, checkpoint=tmp_path / "other.pt")
+    assert saved == [2], "by default, one is due when more than 60 seconds have passed: not after 60, but after 100"
 
 
 def test_failed_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):
@@ -900,6 +909,8 @@ def test_log_of_every_percent():
 
 
 def test_loss_is_the_weighted_sum():
+    assert d.WEIGHTS == {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1} and d.CE_ONLY == {"ce": 1.0}, \
+        "the README's results are those of these weights: with others, measure them anew"
     teacher, records, weights = tiny(), [], {"ce": 1.0, "logits": 0.5, "hidden": 2.0, "attention": 0.25}
     d.train_modules(teacher, make_bank(teacher), toy_batches(1), 1, lr=1e-3, weights=weights, rate_start=1.0,
                     log=records.append)
@@ -907,6 +918,14 @@ def test_loss_is_the_weighted_sum():
     assert record["loss"] == pytest.approx(sum(weights[name] * record[name] for name in TERMS), rel=1e-5), \
         "the loss is the sum of weight times term"
     assert record["hidden_weighted"] == pytest.approx(2 * record["hidden"]), "weighted terms are logged beside the raw"
+
+
+def test_tokens_per_second_by_hand(monkeypatch):
+    model, records = tiny(1, 1), []
+    monkeypatch.setattr(d.time, "perf_counter", itertools.count(0, 2).__next__)  # a record every 2 seconds
+    d.train_student(model, [(SOURCE, TARGET)] * 3, 3, lr=1e-3, log=records.append)
+    assert [record["tokens_per_s"] for record in records] == [27 / 2, 54 / 4, 81 / 6], \
+        "3 sources of 5 tokens and 3 targets of 4 a step, padding included, over the seconds since the start"
 
 
 @pytest.mark.parametrize("dtype, bound", ((torch.bfloat16, 0.1), (torch.float16, 0.02)))
@@ -930,6 +949,10 @@ def test_pick_dtype(monkeypatch):
     assert [d.pick_dtype(name, "cpu", 64) for name in ("float32", "bfloat16", "float16")] == \
         [torch.float32, torch.bfloat16, torch.float16], "a dtype that is named is taken"
     assert d.pick_dtype("auto", "cpu", 64) in (torch.float32, torch.bfloat16), "a CPU has no fast float16"
+    for clock, dtype in (((0, 6, 10, 20), torch.bfloat16), ((0, 8, 10, 20), torch.float32)):
+        monkeypatch.setattr(d.time, "perf_counter", iter(clock).__next__)
+        assert d.pick_dtype("auto", "cpu", 64) is dtype, "bfloat16 on a CPU where it takes less than 0.7 of the time"
+    monkeypatch.setattr(d.time, "perf_counter", iter((0, 6, 10, 20)).__next__)
     assert d.pick_dtype("auto", "mps", 64) is torch.float32, "elsewhere auto takes no risk"
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported

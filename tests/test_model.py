@@ -263,13 +263,15 @@ def test_cuda_computes_what_the_cpu_does(name):
 
 
 @torch.no_grad()
-def test_attention_is_the_same_with_and_without_probabilities():
-    model = tiny()
+def test_attention_is_the_same_with_and_without_probabilities(monkeypatch):
+    model, calls, kernel = tiny(), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **names: calls.append(1) or kernel(*x, **names))
     x, y = padded([[5, 6, 7, 8, 9, 1], [8, 9, 1]]), padded([[0, 9, 4, 7], [0, 3, 3]])
     fused, plain = model.encode(x), model.encode(x, need_probs=True)
     assert torch.allclose(fused.hidden, plain.hidden, atol=1e-5), "both branches of attention must agree (encoder)"
     out = model.decode(y, fused.hidden, x != 0)
     with_probs = model.decode(y, fused.hidden, x != 0, need_probs=True)
+    assert len(calls) == 2 + 4, "the fused kernel runs in all 6 attentions, or both branches were not compared here"
     assert torch.allclose(out.hidden, with_probs.hidden, atol=1e-5), "both branches must agree (decoder)"
     assert fused.probs == [(None,)] * 2 and out.probs == [(None, None)] * 2, "no probabilities unless asked for"
     (encoder,), (own, cross) = plain.probs[1], with_probs.probs[1]
@@ -397,7 +399,8 @@ def follow(model, table):
 def test_beam_search_by_hand(penalty, n, table, ids, rule):
     """Keep the K best prefixes; a finished one scores its sum of log p over length ** length_penalty."""
     model = follow(tiny(decoder_start_token_id=2), table)
-    found = model.generate(padded([[5, 1]]), n, num_beams=2, length_penalty=penalty).tolist()
+    options = {"length_penalty": penalty} if penalty != 1.0 else {}  # 1 is the default
+    found = model.generate(padded([[5, 1]]), n, num_beams=2, **options).tolist()
     assert trimmed(found) == [ids], f"{rule}: {ids}, not {trimmed(found)[0]}"
 
 
@@ -483,6 +486,14 @@ def test_generate_can_be_trained_on():
     assert model.training and model.encoder.layers[0].training, "generate gives the mode back as it found it"
     model(x, ids).sum().backward()  # inference_mode would forbid this
     assert model.embedding.weight.grad is not None, "pseudo-labels are trained on"
+
+
+def test_greedy_and_64_tokens_by_default(text_folder, capsys, monkeypatch):
+    model = follow(tiny(decoder_start_token_id=2), {2: {3: 0.6, 4: 0.4}, 3: {3: 0.5, 5: 0.4}, 4: {4: 1.0}})
+    assert model.generate(padded([[5, 1]])).tolist() == [[3] * 64], "the likeliest word each time, not the best 64"
+    asked = []
+    monkeypatch.setattr(m.T5, "generate", lambda self, ids, *options: asked.append(options) or ids)
+    assert m.main([str(text_folder), "text"]) == 0 and asked == [(64, 1)], "on the command line, too"
 
 
 @pytest.mark.parametrize("options", ({"max_new_tokens": 0}, {"num_beams": 0}))
@@ -618,6 +629,11 @@ def test_head_and_scale_are_independent(name, scale, tmp_path):
         change_config(tmp_path, drop=("scale_decoder_outputs",))
         assert m.load_t5(tmp_path).config.scale_decoder_outputs is False, "the tie must imply the scale"
         assert "lm_head.weight" in header_of(tmp_path / "model.safetensors")[0], "untied files have a head"
+
+
+def test_defaults_are_hugging_faces():
+    assert m.T5Config() == m.T5Config(32128, 512, 64, 2048, 8, 6, 6, 32, 128, 0.1, 1e-6, "relu", True, True, 0, 1, 0), \
+        "what a config.json leaves out has Hugging Face's default, the value of t5-small"
 
 
 def test_old_configs(folder):
@@ -798,6 +814,22 @@ def test_config_with_too_few_layers(folder):
 def test_bad_config(folder, values, words):
     change_config(folder, **values)
     refused(folder, "config.json", *words, error=ValueError)
+
+
+@pytest.mark.parametrize("good, bad", (
+    ({"dropout_rate": 0}, {"dropout_rate": -0.1}), ({"dropout_rate": 0.99}, {"dropout_rate": 1}),
+    ({"num_layers": 1}, {"num_layers": 0}), ({"num_layers": 1024}, {"num_layers": 1025}),
+    ({"d_ff": 1 << 20}, {"d_ff": (1 << 20) + 1}), ({"pad_token_id": 98}, {"pad_token_id": 99}),  # of 99 words
+    ({"relative_attention_num_buckets": 4}, {"relative_attention_num_buckets": 3}),
+    ({"relative_attention_num_buckets": 8, "relative_attention_max_distance": 5},
+     {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 4})))
+def test_config_at_its_limits(folder, good, bad):
+    change_config(folder, **good)
+    config = m.read_config(folder / "config.json")
+    assert good.items() <= vars(config).items(), f"{good} is possible"
+    change_config(folder, **bad)
+    with pytest.raises(ValueError, match=f"config.json.*{[*bad][-1]}|config.json: a token id lies outside"):
+        m.read_config(folder / "config.json")
 
 
 @pytest.mark.parametrize("text", (b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100000, b"1" * 5000))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from assemble import assemble
 from assemble import main as assemble_main
 from data import Tokenizer, read_pairs, toy_corpus
 from model import load_t5, read_safetensors, write_safetensors
-from modules import STACKS, load_bank
+from modules import STACKS, divisors, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--steps", "4",
@@ -71,6 +72,119 @@ def test_run_folder_is_complete(finished):
         assert (finished / name).exists(), f"a finished run holds {name}"
     assert not (finished / "checkpoint.pt").exists(), "a finished run needs no checkpoint any more"
     assert not list(finished.rglob("*.part")), "nothing half-written stays"
+    settings = json.loads((finished / "args.json").read_text(encoding="utf-8"))
+    assert settings["steps"] == 4 and not {"out", "resume", "device"} & set(settings), \
+        "args.json holds the run's settings, and not what --resume may change"
+
+
+FILES = ["--train", "a", "--valid", "b", "--test", "c"]
+SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "first", "teacher_lr": 1.5e-2,
+            "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab": 200, "batch_tokens": 2048,
+       "teacher_steps": 900, "steps": 400, "max_length": 64, "baselines": "sft:3+3,kd:3+3,sft:1+1,kd:1+1"}
+REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
+        "teacher_steps": 2820, "steps": 940, "max_length": 128, "baselines": ""}
+
+
+@pytest.mark.parametrize("options, settings", (
+    ([], TOY), (FILES, REAL), ([*FILES, "--teacher", "t5-small"], {**REAL, "teacher_lr": 1e-3, "lr": 5e-3}),
+    (["--lr", "0.5", "--steps", "7"], {**TOY, "lr": 0.5, "steps": 7})), ids=("toy", "real", "fine-tuning", "options"))
+def test_settings_by_default(options, settings):
+    found = vars(train.parse_args(options))
+    for name, value in {**SETTINGS, **settings}.items():
+        assert found[name] == value, f"the README's results are those of {name} {value}: with another, measure anew"
+
+
+@pytest.mark.parametrize("options, words", (
+    (["--teacher", "t5-small"], "--teacher needs --train, --valid and --test"),
+    (FILES[:4], "go together; only train, valid came"), (["--d-model", "48"], "--d-model 48: not a multiple of 32")))
+def test_settings_that_do_not_go_together(options, words):
+    with pytest.raises(ValueError, match=words):
+        train.parse_args(options)
+
+
+def test_files_and_teacher_are_found_from_elsewhere():
+    args = train.parse_args([*FILES, "--test", "c", "d", "--teacher", "."])
+    assert (args.train, args.test) == ([str(Path("a").absolute())], [str(Path(x).absolute()) for x in "cd"])
+    assert args.teacher == str(Path.cwd()), "a folder's name is absolute, so that --resume works from another one"
+
+
+def test_lists_of_settings_by_hand():
+    assert train.span_lengths("3,2,3") == [2, 3] and train.parse_baselines("") == []
+    assert train.parse_baselines("kd:6+5,sft:2+2,kd:6+5") == [("kd", 6, 5), ("sft", 2, 2)], "in order, each once"
+    assert [train.probe_step(range(n)) for n in (1, 300, 301, 600, 601)] == [1, 1, 2, 2, 3], "at most 300 pairs"
+
+
+@pytest.mark.parametrize("baselines, good", (
+    ("kd:1+1,sft:6+4", True), ("kd:0+1", False), ("kd:1+0", False), ("kd:7+1", False), ("kd:1+5", False),
+    ("theseus:3+2,theseus:6+1,theseus:2+4", True), ("theseus:4+2", False), ("theseus:3+3", False),
+    ("theseus:6+4", False)))
+def test_baselines_of_a_teacher_of_6_and_4_layers(baselines, good):
+    args = Namespace(granularities=None, baselines=baselines)
+    if good:
+        train.check_plan(args, 6, 4)
+    else:
+        with pytest.raises(ValueError, match=f"--baselines {baselines}".replace("+", ".")):
+            train.check_plan(args, 6, 4)
+
+
+def test_a_depth_without_modules():
+    train.check_plan(args := Namespace(granularities=None, baselines=""), 7, 4)  # the decoder alone has some
+    with pytest.raises(ValueError, match="7.7 layers"):
+        train.check_plan(args, 7, 7)
+
+
+PAIRS = {"train": toy_corpus(100, 0), "valid": toy_corpus(5, 1)}
+
+
+def test_a_teacher_from_scratch_by_hand(tmp_path):
+    weights = []
+    for i, seed in enumerate("001"):
+        args = train.parse_args(["--layers", "2", "--d-model", "256", "--vocab", "70", "--baselines", "", "--dtype",
+                                 "float32", "--seed", seed, "--out", str(tmp_path / str(i))])
+        teacher, tokenizer = train.start_run(args, PAIRS)
+        weights.append(teacher.embedding.weight)
+    c = teacher.config
+    assert (c.vocab_size, len(tokenizer.pieces), c.num_layers, c.num_decoder_layers) == (170, 70, 2, 2)
+    assert (c.d_model, c.num_heads, c.d_kv, c.d_ff) == (256, 8, 32, 1024), "heads of 32 numbers, d_ff 4 times d_model"
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2]), "the seed draws the weights"
+
+
+def test_a_teacher_with_more_pieces_than_words_is_refused(tmp_path):
+    shutil.copytree(FIXTURES / "t5_tied", tmp_path / "t5")  # of 99 words
+    args = train.parse_args([*FILES, "--teacher", str(tmp_path / "t5"), "--out", str(tmp_path / "run"),
+                             "--dtype", "float32"])
+    texts = [text for pair in toy_corpus(200, 0) for text in pair]
+    train.train_tokenizer(texts, tmp_path / "t5" / "spiece.model", 100)
+    with pytest.raises(ValueError, match="t5: spiece.model has 100 pieces, the embedding 99 rows"):
+        train.start_run(args, PAIRS)
+    tokenizer = train.train_tokenizer(texts, tmp_path / "t5" / "spiece.model", 99)
+    assert train.start_run(args, PAIRS)[1].model_bytes == tokenizer.model_bytes, "as many pieces as rows is fine"
+
+
+def test_least_settings():
+    for name, least in {"layers": 1, "d-model": 32, "vocab": 1, "max-length": 2, "batch-tokens": 1, "num-beams": 1,
+                        "steps": 1, "teacher-steps": 0, "seed": 0}.items():
+        train.parse_args([f"--{name}", str(least)])
+        with pytest.raises(ValueError, match=f"--{name} {least - 1}: must be at least {least}"):
+            train.parse_args([f"--{name}", str(least - 1)])
+
+
+def test_toy_data_by_default():
+    pairs = train.read_data(train.parse_args(["--seed", "3"]))
+    assert {name: len(part) for name, part in pairs.items()} == {"train": 20000, "valid": 500, "test": 500}
+    assert pairs["train"][:5] == toy_corpus(5, seed=3), "the seed is that of the data, too"
+
+
+@pytest.mark.parametrize("encoder, decoder, shapes", (
+    (12, 12, [(11, 11), (9, 9), (8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (6, 12), (12, 6), (2, 12), (12, 2)]),
+    (6, 12, [(5, 11), (5, 9), (4, 8), (3, 6), (2, 4), (1, 2), (3, 12), (6, 6), (1, 12), (6, 2)]),  # none near 2.4, 4
+    (2, 2, [(2, 1), (1, 1), (1, 2)])))
+def test_shapes_of_the_table_by_hand(encoder, decoder, shapes):
+    teacher = Namespace(depths={"encoder": encoder, "decoder": decoder})
+    bank = Namespace(spans={stack: module_spans(n, divisors(n)) for stack, n in teacher.depths.items()})
+    assert train.study_shapes(teacher, bank) == shapes, \
+        f"{encoder}+{decoder}: 1.1x to 6x, both stacks alike, then half and the least of each stack alone; none twice"
 
 
 def test_two_processes_make_one_run(files, tmp_path):
@@ -102,6 +216,44 @@ def test_table_has_the_teacher_eight_assemblies_and_the_baselines(finished):
         if (finished / folder).exists():
             model = load_t5(finished / folder)
             assert (len(model.encoder.layers), len(model.decoder.layers)) == (row["encoder"], row["decoder"])
+
+
+def test_scores_by_hand(finished, tmp_path, monkeypatch):
+    args = train.parse_args(["--resume", "--out", str(finished), "--device", "cpu"])
+    teacher, tokenizer = load_t5(finished / "teacher"), Tokenizer(finished)
+    args.out, pairs, qualities, timed = tmp_path, train.read_data(args), [40.0, 10.0, 0.0], []
+    monkeypatch.setitem(train.METRICS, "exact", lambda hypotheses, references: qualities.pop(0))
+    monkeypatch.setattr(train, "speedup", lambda *models_and_source: timed.append(models_and_source) or 2.5)
+    score, small = train.Scorer(args, tokenizer, pairs, teacher), train.shrink(teacher, 3, 1)
+    for name, model in (("teacher", teacher), ("small", small), ("small", small), ("none", small)):
+        score(name, model)
+    row = score.rows["small"]
+    assert not qualities and score.rows["none"]["share"] == 0, "what has a row is not measured again"
+    for name, value in {"encoder": 3, "decoder": 1, "ratio": 12 / 4, "speedup": 2.5, "exact": 10.0, "share": 25.0,
+                        "parameters": sum(p.numel() for p in small.parameters())}.items():
+        assert row[name] == value, f"{name} of 3+1 layers that score 10 where the teacher, 6+6, scores 40: {value}"
+    assert row["valid_loss"] == score.valid(small) > 0 and score.rows["teacher"]["share"] == 100
+    (*models, source), middle = timed[1], tokenizer.encode(pairs["test"][5][0])
+    assert models == [teacher, small] and source.tolist() == [middle[:11] + [1] if len(middle) > 12 else middle], \
+        "speed is measured on the test's sentence in the middle, the teacher's time over the model's"
+    again = train.Scorer(args, tokenizer, pairs, teacher)
+    assert again.rows == score.rows, "rows are kept in the file"
+
+
+POINTS = {"teacher": {"speedup": 1.0, "exact": 30.0}, "kd 2+2": {"speedup": 3.0, "exact": 10.0}}
+
+
+def test_frontier_by_hand():
+    root = ElementTree.fromstring(train.frontier(POINTS, "exact"))
+    points = [(c.get("cx"), c.get("cy"), c.get("fill")) for c in root.iter() if c.tag.endswith("circle")]
+    assert points == [("103.3", "45.0", "#1c7ed6"), ("536.7", "295.0", "#e8590c")], \
+        "speed to the right, from 60 to 580, quality upwards, from 320 to 20: the axes go a tenth beyond the points"
+    labels = [e.text for e in root.iter() if e.tag.endswith("text")]
+    for i in range(6):
+        assert f"{0.8 + 0.48 * i:.1f}x" in labels and f"{8 + 4.8 * i:.1f}" in labels, "six marks on each axis"
+    one = ElementTree.fromstring(train.frontier({"teacher": POINTS["teacher"]}, "exact"))
+    points = [(c.get("cx"), c.get("cy")) for c in one.iter() if c.tag.endswith("circle")]
+    assert points == [("320.0", "170.0")], "a single point is in the middle"
 
 
 def test_printed_table_matches_the_results(finished):
@@ -165,14 +317,69 @@ def test_frontier_is_valid_svg_for_white_and_dark_pages(finished):
     assert len(circles) == len(rows), "one point a model"
     _, _, width, height = map(float, root.get("viewBox").split())
     assert all(0 < float(c.get("cx")) < width and 0 < float(c.get("cy")) < height for c in circles)
+    assert not any((e.tail or "").strip() for e in root.iter()), "words outside of <text> are not drawn"
     assert not any(colour in text for colour in ("#000", "#fff", "black", "white")), "mid-tones read on any page"
 
 
 def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys):
     status = assemble_main([str(finished), "--ratio", "2", "--out", str(tmp_path / "half"), "--device", "cpu"])
-    assert status == 0 and "2.00x" in capsys.readouterr().out
-    model = load_t5(tmp_path / "half")
-    assert len(model.encoder.layers) + len(model.decoder.layers) == 6
+    out, layers = capsys.readouterr().out, sum(load_t5(tmp_path / "half").depths.values())
+    assert status == 0 and layers <= 6, "--ratio 2 is at most half of 6+6 layers; what 4 steps made may be best smaller"
+    assert f"ratio       {12 / layers:.2f}x\n" in out, "the ratio printed is that of the model written"
+
+
+def test_outputs_are_in_order_and_without_padding():
+    torch.manual_seed(0)
+    model = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=1,
+                                    num_decoder_layers=1, tie_word_embeddings=False)).eval()
+    sources = [[2 + i % 18] * (1 + i * 7 % 5) + [1] for i in range(70)]  # more than one batch, of any lengths
+    found = train.translate(model, sources, Namespace(max_length=4, num_beams=1, device="cpu"), "teacher")
+    assert len(set(map(tuple, found))) > 5, "outputs that are all alike would not show their order"
+    for source, ids in zip(sources, found, strict=True):
+        alone = model.generate(torch.tensor([source]), 4)[0].tolist()
+        assert ids == [i for i in alone if i != 0], f"{source} is answered with {alone}, whatever stands beside it"
+
+
+def test_pseudo_labels_by_hand(monkeypatch):
+    outputs = [[5, 6, 1], [5, 6, 7], [5, 6], []]
+    monkeypatch.setattr(train, "translate", lambda *_: outputs)
+    pairs = [([9 + i, 1], [8, 1]) for i in range(4)]
+    found = train.relabel(Namespace(config=train.T5Config()), train.Batches(pairs, 100, 0, 0),
+                          Namespace(max_length=3, batch_tokens=100, seed=0))
+    assert found.examples == [([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
+        "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
+
+
+def test_the_others_wait_for_the_first_and_end_when_it_fails(monkeypatch):
+    sent, failed = [], [False]
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda x: sent.append(list(x)))
+    with train.first_goes_first(True):
+        assert not sent, "the others wait until the first is done"
+    with pytest.raises(ValueError), train.first_goes_first(True):
+        raise ValueError
+    assert sent == [[False], [True]], "the first tells the others whether it failed"
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda x: x.__setitem__(0, failed[0]))
+    with train.first_goes_first(False):
+        failed[0] = True
+    assert failed[0], "after a first one that did not fail the others run the block, too"
+    with pytest.raises(SystemExit) as ended, train.first_goes_first(False):
+        pytest.fail("after a first one that failed they do not")
+    assert ended.value.code == 2
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    args, joined = Namespace(device="cuda"), []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **_: joined.append(backend))
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 2 .* there are 1"):
+        train.join_processes(args)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert not train.join_processes(args) and args.device == "cuda:1" and joined == [1, "nccl"], \
+        "the second process has the second GPU"
 
 
 def test_second_run_does_not_overwrite_the_first(finished, files, capsys):
@@ -307,12 +514,16 @@ def test_resume_puts_right_what_was_left(finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     (out / "valid.safetensors").unlink()
+    (out / "bank.safetensors").unlink()
+    (out / "damage.json").write_bytes(b"{}")
     (out / "checkpoint.pt.part").write_bytes(b"half")
     log = (out / "log.jsonl").read_bytes()
     (out / "log.jsonl").write_bytes(log + b'{"stage": "ba')
     assert train.main(["--resume", "--out", str(out)]) == 0
     assert (out / "valid.safetensors").read_bytes() == (finished / "valid.safetensors").read_bytes()
-    assert not list(out.rglob("*.part")) and (out / "log.jsonl").read_bytes() == log
+    assert not list(out.rglob("*.part")) and (out / "log.jsonl").read_bytes().startswith(log + b'{"stage": "bank"')
+    assert (out / "bank.safetensors").read_bytes() == (finished / "bank.safetensors").read_bytes()
+    assert not (out / "damage.json").exists(), "what was measured of an older bank goes"
 
 
 def fails(files, out, capsys, *options):
@@ -321,6 +532,16 @@ def fails(files, out, capsys, *options):
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
     return err
+
+
+def test_the_log_is_json_whatever_is_measured(files, tmp_path, capsys, monkeypatch):
+    def training(*_, log, **__):
+        log({"stage": "teacher", "step": 1, "steps": 9, "loss": 2.5, "grad_norm": float("inf"), "tokens_per_s": 0.5})
+        raise ValueError("enough")
+    monkeypatch.setattr(train, "train_student", training)
+    fails(files, tmp_path / "run", capsys)
+    assert (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8") == '{"stage": "teacher", "step": 1, ' \
+        '"steps": 9, "loss": 2.5, "grad_norm": null, "tokens_per_s": 0.5}\n', "JSON has no infinity"
 
 
 def test_a_loss_that_explodes_is_one_line(files, tmp_path, capsys):
