@@ -8,8 +8,8 @@ the hidden state before layer `start` into the one after layer `stop - 1`. Since
 states of the teacher, modules and the teacher's layers fit together in any order that tiles the stack: the training
 step samples such a path, an assembly chooses one. Modular Transformers, https://arxiv.org/abs/2306.02379.
 
-What is no layer (embedding, head, position tables, final norms) is the *frame*: the bank has one of its own, which starts
-as the teacher's and serves all paths.
+What is no layer (embedding, head, position tables, final norms) is the *frame*: the bank has one of its own, which
+starts as the teacher's and serves all paths.
 
     pytest tests/test_modules.py
 """

@@ -98,8 +98,8 @@ def run(name, seed, args, tokenizer, teacher, pairs):
                 train_student(model, batches, tune, teacher, lr=args.lr / 3, name=f"{name} {depth}", weights=WEIGHTS,
                               **options)
             outputs = translate(model, [source for source, _ in examples], args, name)
-            quality = METRICS[args.metric](list(map(tokenizer.decode, outputs)), [target for _, target in pairs["valid"]])
-            scores[f"{depth}+{depth}"] = [validation_loss(model, valid), quality]
+            texts, references = list(map(tokenizer.decode, outputs)), [target for _, target in pairs["valid"]]
+            scores[f"{depth}+{depth}"] = [validation_loss(model, valid), METRICS[args.metric](texts, references)]
     print(name, seed, scores, flush=True)
     return scores
 
