@@ -159,7 +159,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
         """One draw of paths for each part of the batch, and what they cost: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
         grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
-        # A part for the teacher's own layers: under distillation, as the frame must serve them, or if there is no module.
+        # A part for the teacher's own layers: under distillation the frame must serve them; or if there is no module.
         grains = {stack: own if own and not distilling else [[], *own] for stack, own in grains.items()}
         grains = {stack: rng.sample(own, len(own)) for stack, own in grains.items()}  # in random order
         rank, world = processes()

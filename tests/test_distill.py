@@ -516,10 +516,11 @@ def test_a_step_without_any_module_moves_the_frame_alone(dtype):
 def test_a_stack_without_modules_trains_the_other():
     teacher, records = tiny(), []
     bank = make_bank(teacher, {"encoder": [], "decoder": [3]})
-    before = copy_of(bank)
+    before, frame = copy_of(bank), copy_of(bank.frame)
     d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, rate_start=1.0, weights=d.CE_ONLY, log=records.append)
     assert records[0]["rate_encoder"] == 0.0 and records[0]["rate_decoder"] == 1.0, "Theseus may shrink one stack alone"
     assert not same(copy_of(bank), before), "the other stack's modules must train"
+    assert same(copy_of(bank.frame), frame), "Theseus freezes what is no module"
 
 
 def test_sampled_rates_of_a_training(monkeypatch):

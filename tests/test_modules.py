@@ -329,9 +329,9 @@ def test_rate_0_is_the_teacher_bitwise(encoder, decoder):
             modules = set(getattr(bank, stack).values())
             assert {layer in modules for layer in layers[stack]} == {rate == 1.0}, \
                 f"at rate {rate} {'only modules' if rate else 'no module'} may run"
-        memory = teacher.encode(x, layers["encoder"]).hidden
-        logits[rate] = teacher.logits(teacher.decode(x, memory, mask, layers["decoder"]).hidden)
-    assert torch.equal(logits[0.0], teacher(x, x)), "replacement rate 0 must be the teacher, bit for bit"
+        memory = bank.frame.encode(x, layers["encoder"]).hidden
+        logits[rate] = bank.frame.logits(bank.frame.decode(x, memory, mask, layers["decoder"]).hidden)
+    assert torch.equal(logits[0.0], teacher(x, x)), "rate 0 in the bank's frame must begin as the teacher"
     assert not torch.allclose(logits[1.0], logits[0.0], atol=1e-3), "modules must make a difference to say much"
 
 
