@@ -154,21 +154,21 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     distilling = teacher if len(weights) > 1 else None
     bank.train(distilling is None)
     bank.frame.requires_grad_(distilling is not None)  # Theseus freezes what is no module
+    grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
+    # A part for the teacher's own layers: under distillation the frame must serve them; or if there is no module.
+    grains = {stack: own if own and not distilling else [[], *own] for stack, own in grains.items()}
 
     def step_loss(step, source, target):
         """One draw of paths for each part of the batch, and what they cost: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
-        grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
-        # A part for the teacher's own layers: under distillation the frame must serve them; or if there is no module.
-        grains = {stack: own if own and not distilling else [[], *own] for stack, own in grains.items()}
-        grains = {stack: rng.sample(own, len(own)) for stack, own in grains.items()}  # in random order
+        order = {stack: rng.sample(own, len(own)) for stack, own in grains.items()}
         rank, world = processes()
         whole = round(world * float(over_processes(len(source), source)))  # rows in all processes
-        parts = min(max(map(len, grains.values())), whole)
+        parts = min(max(map(len, order.values())), whole)
         part = (rank + world * torch.arange(len(source), device=source.device)) * parts // whole  # of each row
         total, rates = {}, {stack: [] for stack in STACKS}
         for k in range(parts):
-            spans = {stack: own[k % len(own)] for stack, own in grains.items()}
+            spans = {stack: own[k % len(own)] for stack, own in order.items()}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
             layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}
             terms = losses(bank.frame, source[part == k], target[part == k], weights, distilling, layers, paths)

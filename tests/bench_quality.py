@@ -31,8 +31,8 @@ def without(term):
 # of a part of the batch are drawn from; tune: steps of fine-tuning each assembly has afterwards, as a share
 VARIANTS = {
     "recipe": {},
-    "mixed paths, one a batch": {"grains": lambda spans: [spans]},
-    "mixed paths, four parts": {"grains": lambda spans: [spans] * 4},
+    "mixed paths": {"grains": lambda spans: [spans]},
+    "mixed paths in four parts": {"grains": lambda spans: [spans] * 4},
     "constant rate 1": {"options": {"rate_start": 1.0}},
     "rate rises for 60 %": {"options": {"rate_rise": 0.6}},
     "half the learning rate": {"lr": 0.5},
