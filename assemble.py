@@ -127,11 +127,11 @@ def damages(teacher, bank, batches):
     layers, in the bank's frame, rises when this module alone replaces some."""
     whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
     result = {stack: {} for stack in STACKS}
-    base = validation_loss(bank.frame, batches, {stack: bank.layers(teacher, stack, whole[stack]) for stack in STACKS})
+    base = validation_loss(bank.frame, batches, bank.layers(teacher, whole))
     for stack in STACKS:
         for start, stop in tqdm(bank.spans[stack], desc=f"{stack} modules", leave=False, disable=None):
             path = whole[stack][:start] + [(start, stop)] + whole[stack][stop:]
-            layers = {s: bank.layers(teacher, s, path if s == stack else whole[s]) for s in STACKS}
+            layers = bank.layers(teacher, {**whole, stack: path})
             result[stack][start, stop] = validation_loss(bank.frame, batches, layers) - base
     return result
 
@@ -198,8 +198,7 @@ def search(teacher, bank, damage, allowed, batches, k=8):
     """The best assembly under a budget: of the k with the least estimated damage, the one with the least validation
     loss; None if no depths are allowed."""
     return min((paths for _, paths in candidates(teacher, bank, damage, allowed, k)), default=None,
-               key=lambda paths: validation_loss(bank.frame, batches, {
-                   stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}))
+               key=lambda paths: validation_loss(bank.frame, batches, bank.layers(teacher, paths)))
 
 
 # ---- building, measuring, writing
@@ -210,7 +209,7 @@ def assemble(teacher, bank, paths):
     for stack in STACKS:
         check_path(paths[stack], teacher.depths[stack], bank.spans[stack])
     frame = bank.frame if any(stop - start > 1 for stack in STACKS for start, stop in paths[stack]) else teacher
-    return with_layers(frame, {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS})
+    return with_layers(frame, bank.layers(teacher, paths))
 
 
 def parameters(model):

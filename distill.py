@@ -170,7 +170,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
         for k in range(parts):
             spans = {stack: own[k % len(own)] for stack, own in order.items()}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
-            layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in STACKS}
+            layers = bank.layers(teacher, paths)
             terms = losses(bank.frame, source[part == k], target[part == k], weights, distilling, layers, paths)
             for term, value in terms.items():
                 total[term] = total.get(term, 0.0) + value / parts

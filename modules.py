@@ -91,10 +91,11 @@ class Bank(nn.Module):
         self.frame = with_layers(teacher, dict.fromkeys(STACKS, ()))
         self.requires_grad_(True)
 
-    def layers(self, teacher, stack, path):
-        """The list of layers that `path` names in one stack, for `T5.encode` or `T5.decode` to run."""
-        own, modules = getattr(teacher, stack).layers, getattr(self, stack)
-        return [own[start] if stop - start == 1 else modules[f"{start}-{stop}"] for start, stop in path]
+    def layers(self, teacher, paths):
+        """{"encoder": path, "decoder": path} -> the lists of layers that they name, for `T5.encode` and `T5.decode`."""
+        return {stack: [getattr(teacher, stack).layers[start] if stop - start == 1
+                        else getattr(self, stack)[f"{start}-{stop}"] for start, stop in paths[stack]]
+                for stack in STACKS}
 
 
 @torch.no_grad()

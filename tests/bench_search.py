@@ -64,7 +64,7 @@ def main(argv):
         return sum(damage[stack].get(span, 0.0) for stack in STACKS for span in paths[stack])
 
     def loss(paths):
-        return validation_loss(bank.frame, batches, {s: bank.layers(teacher, s, paths[s]) for s in STACKS})
+        return validation_loss(bank.frame, batches, bank.layers(teacher, paths))
 
     rng, points = random.Random(0), []
     for _ in range(asked.random):

@@ -189,7 +189,7 @@ def assembly():
 
 def logits_of_paths(teacher, bank, paths, x, y):
     """In the bank's frame; without a module, the teacher's."""
-    layers = {stack: bank.layers(teacher, stack, paths[stack]) for stack in mod.STACKS}
+    layers = bank.layers(teacher, paths)
     frame = teacher if layers == {stack: list(getattr(teacher, stack).layers) for stack in mod.STACKS} else bank.frame
     memory = frame.encode(x, layers["encoder"]).hidden
     return frame.logits(frame.decode(y, memory, x != 0, layers["decoder"]).hidden)

@@ -222,7 +222,7 @@ def test_losses_of_modules_by_hand():
     """Both models run freely; a module is held against the teacher after the last layer of its span."""
     teacher = tiny()
     bank = make_bank(teacher)
-    layers = {stack: bank.layers(teacher, stack, PATHS[stack]) for stack in mod.STACKS}
+    layers = bank.layers(teacher, PATHS)
     with torch.no_grad():
         for weight in bank.frame.parameters():
             weight.mul_(1.1)  # it is not the teacher's
@@ -263,7 +263,7 @@ def test_padding_changes_nothing(kind):
     student, layers, paths = teacher, None, PATHS
     if kind == "modules":
         bank = make_bank(teacher)
-        layers = {stack: bank.layers(teacher, stack, PATHS[stack]) for stack in mod.STACKS}
+        layers = bank.layers(teacher, PATHS)
     else:
         student = tiny(3, 3, seed=5)
     plain = d.losses(student, SOURCE, TARGET, d.WEIGHTS, teacher, layers, paths)
@@ -533,7 +533,7 @@ def test_sampled_rates_of_a_training(monkeypatch):
         assert student is bank.frame, "all paths run in the bank's frame"
         seen.append([[float(b - a > 1) for a, b in paths[stack] if a % 2 == 0] for stack in mod.STACKS])
         for stack in mod.STACKS:
-            expected = bank.layers(own, stack, paths[stack])
+            expected = bank.layers(own, paths)[stack]
             assert len(layers[stack]) == len(expected) and all(a is b for a, b in zip(layers[stack], expected)), \
                 "the layers that run are those of the sampled path"
         return {"ce": torch.zeros((), requires_grad=True)}

@@ -307,7 +307,7 @@ def test_with_layers_copies_them_and_all_else(tied):
 def test_layers_are_those_the_path_names():
     teacher = tiny()
     bank = mod.Bank(teacher)
-    layers = bank.layers(teacher, "decoder", [(0, 2), (2, 3), (3, 6)])
+    layers = bank.layers(teacher, {"encoder": [], "decoder": [(0, 2), (2, 3), (3, 6)]})["decoder"]
     expected = [bank.decoder["0-2"], teacher.decoder.layers[2], bank.decoder["3-6"]]
     assert len(layers) == 3 and all(a is b for a, b in zip(layers, expected)), \
         "a span of one layer is the teacher's own, a longer one its module, in the path's order and the stack asked for"
@@ -322,10 +322,9 @@ def test_rate_0_is_the_teacher_bitwise(encoder, decoder):
     x[1, 4:] = 0
     mask, logits = x != 0, {}
     for rate in (0.0, 1.0):
-        layers = {}
+        paths = {stack: mod.sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in mod.STACKS}
+        layers = bank.layers(teacher, paths)
         for stack in mod.STACKS:
-            path = mod.sample_path(teacher.depths[stack], bank.spans[stack], rate, rng)
-            layers[stack] = bank.layers(teacher, stack, path)
             modules = set(getattr(bank, stack).values())
             assert {layer in modules for layer in layers[stack]} == {rate == 1.0}, \
                 f"at rate {rate} {'only modules' if rate else 'no module'} may run"
