@@ -1,26 +1,38 @@
-"""What each part of the recipe is worth: banks trained with one thing changed, scored on the validation pairs.
+"""The evidence: all that the README says about quality, measured.
 
-    python train.py --out run                          # the toy run, or any other: its teacher and settings are used
-    python tests/bench_quality.py run --seeds 0 1      # all variants; rows are kept in RUN/ablation-STEPS.json
-    python tests/bench_quality.py run --only recipe "mixed paths" --seeds 0 --steps 470
+    python train.py --train ... --out RUN                    # any run: its teacher, data and settings are used
+    python tests/bench_quality.py RUN                        # everything, seed 0; again: what is not there yet
+    python tests/bench_quality.py RUN main --seeds 0 1       # a bank and twelve static students a seed, on the test pairs
+    python tests/bench_quality.py RUN beam --seeds 0 1       # their scores with four beams
+    python tests/bench_quality.py RUN little --steps 470     # the same, fewer, from 1,000, 3,000 and 10,000 pairs
+    python tests/bench_quality.py RUN ablations --steps 470  # one thing changed at a time, on the validation pairs
+    python tests/bench_quality.py RUN speed                  # speed-ups of main's models, when nothing else runs
+    python tests/bench_quality.py RUN teacher                # Hugging Face's T5 instead of ours (needs transformers)
 
-Not collected by pytest. The test pairs are not scored. A seed is the bank's; the teacher is the run's one. Remove
-that file after a change of the recipe.
+Results are in RUN/study/results.json, models beside it, and the README's tables are printed at the end. A seed is that of
+the bank or student, its batches and its sample of pairs; the teacher is the run's one. Several processes may work on one
+run, with a part or a seed each. Not collected by pytest. Remove RUN/study after a change of the recipe.
 """
+import argparse
+import random
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
-from assemble import assemble, depths, path_of_depth
+from assemble import assemble, depths, export, parameters, path_of_depth, speedup
 from data import Batches, Tokenizer, encode_pairs
-from distill import WEIGHTS, train_modules, train_student, validation_loss
-from model import Parser, command_line, load_t5, read_json, write_json
-from modules import STACKS, Bank, by_granularity
-from train import METRICS, keep_heap, parse_args, read_data, translate
+from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
+from model import Parser, command_line, load_t5, read_json, save_t5, write_json
+from modules import STACKS, Bank, by_granularity, load_bank, save_bank, with_layers
+from train import (BASELINES, METRICS, keep_heap, parse_args, parse_baselines, read_data, study_shapes,
+                   train_baseline, translate)
+
+PARTS = ("main", "beam", "little", "ablations", "teacher", "speed")
+LITTLE = (1000, 3000, 10000)
 
 
 def without(term):
@@ -31,16 +43,18 @@ def without(term):
 # of a part of the batch are drawn from; tune: steps of fine-tuning each assembly has afterwards, as a share
 VARIANTS = {
     "recipe": {},
-    "mixed paths": {"grains": lambda spans: [spans]},
-    "mixed paths in four parts": {"grains": lambda spans: [spans] * 4},
+    "a part of mixed paths": {"grains": lambda spans: [*by_granularity(spans), spans]},
+    "mixed paths only": {"grains": lambda spans: [spans]},
     "constant rate 1": {"options": {"rate_start": 1.0}},
     "rate rises for 60 %": {"options": {"rate_rise": 0.6}},
     "half the learning rate": {"lr": 0.5},
+    "twice the learning rate": {"lr": 2.0},
     "average init": {"init": "average"},
     "with dropout": {"dropout": True},
     "no hidden-state loss": {"options": {"weights": without("hidden")}},
     "no attention loss": {"options": {"weights": without("attention")}},
     "no logit distillation": {"options": {"weights": without("logits")}},
+    "no cross-entropy": {"options": {"weights": without("ce")}},
     "granularity 2 alone": {"granularities": [2]},
     "granularity 3 alone": {"granularities": [3]},
     "granularity 6 alone": {"granularities": [6]},
@@ -50,69 +64,263 @@ VARIANTS = {
 
 @command_line
 def main(argv):
-    """Train and score what is not in the file yet, then print the table."""
-    parser = Parser(description=__doc__)
+    """Train and score what is not in the file yet, then print the tables."""
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all but teacher by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="of each bank; by default the run's")
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, help="of each bank and student; by default the run's")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these ablations")
+    parser.add_argument("--students", help='in main, such as "sft:6+6,kd:2+2"; by default all four kinds at 2x, 3x, 6x')
     asked = parser.parse_args(argv)
-    args = parse_args(["--resume", "--out", str(asked.run)])
-    tokenizer, teacher, pairs = Tokenizer(args.out), load_t5(args.out / "teacher").to(args.device), read_data(args)
-    args.steps = asked.steps or args.steps
-    file = args.out / f"ablation-{args.steps}.json"
-    for name in asked.only:
-        for seed in asked.seeds:
-            rows = read_json(file) if file.exists() else {}
-            if f"{name} {seed}" not in rows:
-                scores = run(name, seed, args, tokenizer, teacher, pairs)
-                rows = read_json(file) if file.exists() else {}  # another process may have added to it
-                write_json({**rows, f"{name} {seed}": scores}, file)
-    print(table(read_json(file), asked.only))
+    for part in set(asked.parts) - set(PARTS):
+        raise ValueError(f"{part}: not one of {', '.join(PARTS)}")
+    study = Study(asked.run, asked.steps)
+    for part in asked.parts or [part for part in PARTS if part != "teacher"]:
+        for seed in asked.seeds if part != "speed" else [0]:
+            if part == "main":
+                for name, model in models(study, seed, asked.students):
+                    study.measured("main", name, seed, lambda: study.score(model(), "test"))
+            elif part == "beam":
+                for name, model in models(study, seed, asked.students):
+                    study.measured("beam 4", name, seed, lambda: {"score": study.metric(model(), "test", 4)[1]})
+            elif part == "little":
+                little_data(study, seed)
+            elif part == "ablations":
+                for name in asked.only:
+                    study.measured(f"ablation {study.args.steps}", name, seed, lambda: ablation(study, name, seed))
+            elif part == "teacher":
+                reference_teacher(study, seed)
+            else:
+                speed(study)
+    for title in dict.fromkeys(key.partition("|")[0] for key in study.results()):
+        print(f"\n{title}\n" + table(study.results(), title))
 
 
-def run(name, seed, args, tokenizer, teacher, pairs):
-    """{"6+6": [validation loss, score on the validation pairs], ...} of the assemblies of a bank trained as the variant
+class Study:
+    """A run's data, tokenizer, teacher and settings, and what has been measured of it."""
+    def __init__(self, run, steps):
+        self.args = parse_args(["--resume", "--out", str(run)])
+        self.args.steps = steps or self.args.steps
+        self.folder = run / "study"
+        self.folder.mkdir(exist_ok=True)
+        self.file = self.folder / "results.json"
+        self.tokenizer, self.pairs = Tokenizer(run), read_data(self.args)
+        self.teacher = load_t5(run / "teacher").to(self.args.device)
+        self.examples = {name: self.encode(self.pairs[name]) for name in ("valid", "test")}
+        self.teacher_outputs = {}  # by set
+
+    def encode(self, pairs):
+        """Pairs of token ids."""
+        return encode_pairs(self.tokenizer, pairs, self.args.max_length)[0]
+
+    def batches(self, examples, seed):
+        return Batches(examples, self.args.batch_tokens, self.tokenizer.pad_id, seed)
+
+    def results(self):
+        """{"table|row|seed": {...}, ...}: what there is."""
+        return read_json(self.file) if self.file.exists() else {}
+
+    def measured(self, title, row, seed, measure):
+        """That entry of the file, measured now if it is not there."""
+        key = f"{title}|{row}|{seed}"
+        if key not in self.results():
+            value = {**measure(), "date": time.strftime("%Y-%m-%d")}
+            write_json({**self.results(), key: value}, self.file)  # read again: another process may have added to it
+            print(key, value, flush=True)
+        return self.results()[key]
+
+    def bank(self, name, batches, seed):
+        """The bank of that name, trained if it is not there."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.exists():
+            bank = Bank(self.teacher, self.args.granularities and dict.fromkeys(STACKS, self.args.granularities))
+            train_modules(self.teacher, bank, batches, self.args.steps, lr=self.args.lr, name=name,
+                          **self.loop(name, seed))
+            save_bank(bank, file)
+        return load_bank(file, self.teacher).to(self.args.device).eval()
+
+    def student(self, kind, encoder, decoder, name, batches, seed):
+        """The static student of that name, trained if it is not there."""
+        folder = self.folder / name
+        if not folder.exists():
+            model = train_baseline(kind, encoder, decoder, self.teacher, batches, self.args, name,
+                                   self.loop(name, seed), lambda model: self.score(model, "valid", False)["loss"])
+            export(model, self.args.out / "spiece.model", folder)
+        return load_t5(folder).to(self.args.device)
+
+    def loop(self, name, seed):
+        """The options of `fit`. A checkpoint of its own, so that another process may train something else."""
+        return dict(seed=seed, dtype=getattr(torch, self.args.dtype),
+                    checkpoint=self.folder / f"{name}.{seed}.pt")
+
+    def metric(self, model, part, beams):
+        """(what the model makes of a set's sources, lists of ids; the run's metric of it)."""
+        args = argparse.Namespace(**{**vars(self.args), "num_beams": beams})
+        outputs = translate(model, [source for source, _ in self.examples[part]], args, part)
+        return outputs, METRICS[args.metric](list(map(self.tokenizer.decode, outputs)),
+                                             [target for _, target in self.pairs[part]])
+
+    def score(self, model, part, generate=True):
+        """{"loss": nats a token, "greedy": the run's metric, "identical": % of these outputs that are the teacher's,
+        word for word, and the model's size}."""
+        batches = self.batches(self.examples[part], seed=0)
+        scores = {**model.depths, "parameters": parameters(model),
+                  "loss": validation_loss(model.eval(), [batches[k] for k in range(len(batches))])}
+        if generate:
+            outputs, scores["greedy"] = self.metric(model, part, 1)
+            if part not in self.teacher_outputs:
+                self.teacher_outputs[part], _ = self.metric(self.teacher, part, 1)
+            same = sum(a == b for a, b in zip(outputs, self.teacher_outputs[part]))
+            scores["identical"] = 100 * same / len(outputs)
+        return scores
+
+    def assembly(self, bank, encoder, decoder):
+        """The most even one of those depths."""
+        return assemble(self.teacher, bank, {stack: path_of_depth(self.teacher.depths[stack], bank.spans[stack], depth)
+                                             for stack, depth in zip(STACKS, (encoder, decoder))})
+
+
+def models(study, seed, students):
+    """All models of the main table: (name, function that gives the model, trained if it is not there). The teacher; a
+    bank's assemblies, at every ratio and on the grid of depths; static students."""
+    n, train = study.teacher.depths, study.batches(study.encode(study.pairs["train"]), seed)
+    bank = study.bank(f"bank-{seed}", train, seed)
+    grid = [[n[stack] // k for k in (6, 3, 2) if n[stack] // k in depths(n[stack], bank.spans[stack])] + [n[stack]]
+            for stack in STACKS]
+    yield "teacher", lambda: study.teacher
+    for e, d in dict.fromkeys(study_shapes(study.teacher, bank) + [(e, d) for e in grid[0] for d in grid[1]]):
+        if (e, d) != tuple(n.values()):
+            yield f"assembly {e}+{d}", lambda: study.assembly(bank, e, d)
+    if students is None:
+        students = ",".join(f"{kind}:{n['encoder'] // k}+{n['decoder'] // k}" for k in (2, 3, 6) for kind in BASELINES)
+    for kind, e, d in parse_baselines(students):
+        yield f"{kind} {e}+{d}", lambda: study.student(kind, e, d, f"{kind}-{e}+{d}-{seed}", train, seed)
+
+
+def little_data(study, seed):
+    """The teacher has seen all pairs; what compresses it sees a few."""
+    steps, (n, _) = study.args.steps, study.teacher.depths.values()
+    for k in LITTLE:
+        sample = random.Random(seed).sample(study.pairs["train"], k)
+        batches = study.batches(study.encode(sample), seed)
+        title, rows = f"little {steps}", [(kind, n // ratio) for kind in ("bank", "sft", "kd") for ratio in (2, 6)]
+        for kind, depth in rows:
+            def score():
+                if kind == "bank":
+                    bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
+                    model = study.assembly(bank, depth, depth)
+                else:
+                    model = study.student(kind, depth, depth, f"{kind}-{depth}+{depth}-{k}-{steps}-{seed}", batches, seed)
+                return {**study.score(model, "test"), "valid": study.score(model, "valid")}
+            study.measured(title, f"{k:,} {kind} {depth}+{depth}", seed, score)
+
+
+def ablation(study, name, seed):
+    """{"6+6": {...}, ...}: `Study.score`, on the validation pairs, of the assemblies of a bank trained as the variant
     says, as deep as its modules alone make them."""
-    variant, tune = VARIANTS[name], round(args.steps * VARIANTS[name].get("tune", 0.0))
-    chosen = variant.get("granularities", args.granularities)
-    batches = Batches(encode_pairs(tokenizer, pairs["train"], args.max_length)[0], args.batch_tokens,
-                      tokenizer.pad_id, seed)
+    variant, args, teacher = VARIANTS[name], study.args, study.teacher
+    chosen, tune = variant.get("granularities", args.granularities), round(args.steps * variant.get("tune", 0.0))
+    batches = study.batches(study.encode(study.pairs["train"]), seed)
     bank = Bank(teacher, chosen and dict.fromkeys(STACKS, chosen), variant.get("init", "first"))
-    started, options = time.time(), dict(seed=seed, dtype=getattr(torch, args.dtype))
     distill.by_granularity = variant.get("grains", by_granularity)
     if "dropout" in variant:
         bank.train = lambda mode: Bank.train(bank, True)
+    started, loop = time.time(), study.loop(f"{name}-{args.steps}", seed)
     train_modules(teacher, bank, batches, args.steps, lr=args.lr * variant.get("lr", 1.0), name=f"{name} {seed}",
-                  **options, **variant.get("options", {}))
+                  **loop, **variant.get("options", {}))
     Bank.train(bank, False)
-    scores = {"seconds": time.time() - started}
-    examples = encode_pairs(tokenizer, pairs["valid"], args.max_length)[0]
-    valid = Batches(examples, args.batch_tokens, tokenizer.pad_id, seed=0)
-    valid = [valid[k] for k in range(len(valid))]
-    n = teacher.depths
-    for depth in depths(n["encoder"], bank.spans["encoder"])[:-1]:
-        if n["encoder"] % depth == 0:
-            model = assemble(teacher, bank, {s: path_of_depth(n[s], bank.spans[s], depth) for s in STACKS})
-            if tune:
-                train_student(model, batches, tune, teacher, lr=args.lr / 3, name=f"{name} {depth}", weights=WEIGHTS,
-                              **options)
-            outputs = translate(model, [source for source, _ in examples], args, name)
-            texts, references = list(map(tokenizer.decode, outputs)), [target for _, target in pairs["valid"]]
-            scores[f"{depth}+{depth}"] = [validation_loss(model, valid), METRICS[args.metric](texts, references)]
-    print(name, seed, scores, flush=True)
+    scores, n = {"seconds": time.time() - started}, teacher.depths
+    for e, d in study_shapes(teacher, bank):
+        model = study.assembly(bank, e, d)
+        if tune:
+            train_student(model, batches, tune, teacher, lr=args.lr / 3, weights=WEIGHTS, name=f"{name} {e}+{d}",
+                          **{**loop, "checkpoint": None})
+        scores[f"{e}+{d}"] = study.score(model, "valid", e == d and n["encoder"] % e == 0)
     return scores
 
 
-def table(rows, names):
-    """Markdown: a line a variant, a column an assembly; loss and score, the seeds one after the other."""
-    shapes = list(dict.fromkeys(shape for row in rows.values() for shape in row if shape != "seconds"))
-    lines = ["| variant | " + " | ".join(shapes) + " |", "|---|" + "---:|" * len(shapes)]
-    for name in names:
-        seeds = [row for key, row in sorted(rows.items()) if key.rpartition(" ")[0] == name]
-        cells = ["; ".join(f"{row[shape][0]:.3f}, {row[shape][1]:.1f}" for row in seeds if shape in row)
-                 for shape in shapes]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def reference_teacher(study, seed):
+    """Our T5 and Hugging Face's, each from its own start, in the same loop on the same batches, scored alike."""
+    from transformers import T5Config as Config, T5ForConditionalGeneration
+    batches, config = study.batches(study.encode(study.pairs["train"]), seed), study.teacher.config
+    options = dict(seed=seed, weights=CE_ONLY, lr=study.args.teacher_lr, dtype=getattr(torch, study.args.dtype))
+
+    def theirs():
+        torch.manual_seed(seed)
+        folder = study.folder / f"hugging-face-{study.args.steps}-{seed}"
+        save_t5(study.teacher, folder)  # for its config
+        model = T5ForConditionalGeneration(Config.from_pretrained(folder)).to(study.args.device).train()
+
+        def step_loss(step, source, target):
+            logits = model(input_ids=source, attention_mask=source != config.pad_token_id,
+                           decoder_input_ids=shift_right(target, config)).logits
+            real = target != config.pad_token_id
+            return {"ce": cross_entropy(logits[real], target[real])}, {}
+        fit(model, step_loss, batches, study.args.steps, name="hugging face", **options)
+        model.save_pretrained(folder)
+        return study.score(load_t5(folder).to(study.args.device), "valid")
+
+    def ours():
+        torch.manual_seed(seed)
+        model = type(study.teacher)(config).to(study.args.device)
+        train_student(model, batches, study.args.steps, name="ours", **options)
+        return study.score(model, "valid")
+    for name, measure in (("ours", ours), ("hugging face", theirs)):
+        study.measured(f"teacher {study.args.steps}", name, seed, measure)
+
+
+def speed(study):
+    """Speed-ups over the teacher at batch 1, greedy, one per shape: models of a shape are equally fast."""
+    source = torch.tensor([study.examples["test"][len(study.examples["test"]) // 2][0]], device=study.args.device)
+    shapes = {(r["encoder"], r["decoder"]) for key, r in study.results().items() if key.startswith("main|")}
+    for e, d in sorted(shapes):
+        layers = {stack: getattr(study.teacher, stack).layers[:k] for stack, k in zip(STACKS, (e, d))}
+        study.measured("speed", f"{e}+{d}", 0, lambda: {
+            "speedup": speedup(study.teacher, with_layers(study.teacher, layers), source)})
+
+
+def table(results, title):
+    """Markdown: a line a row of that table, the seeds' figures one after the other."""
+    rows = {}
+    for key, entry in results.items():
+        if key.startswith(f"{title}|"):
+            rows.setdefault(key.split("|")[1], []).append(entry)
+    if title == "main":
+        return main_lines(results, rows)
+    if title.startswith("ablation"):
+        shapes = list(dict.fromkeys(shape for own in rows.values() for shape in own[0] if "+" in shape))
+        lines = ["| variant | " + " | ".join(shapes) + " |", "|---|" + "---:|" * len(shapes)]
+        return "\n".join(lines + [f"| {name} | " + " | ".join(
+            "; ".join(f"{r[shape]['loss']:.3f}" + (f", {r[shape]['greedy']:.1f}" if "greedy" in r[shape] else "")
+                      for r in own if shape in r) for shape in shapes) + " |" for name, own in rows.items()])
+    columns = [name for name in next(iter(rows.values()))[0] if name not in ("date", "valid")]
+    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(spread([r[column] for r in own]) for column in columns) + " |"
+                              for name, own in rows.items()])
+
+
+def spread(values, digits=1):
+    """"33.7 (33.4 to 34.0)": the mean, and the range of more than one."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def main_lines(results, rows):
+    """The main table."""
+    teacher = rows["teacher"][0]
+    lines = ["| model | layers | ratio | parameters | speed-up | greedy | beam 4 | % of teacher | identical | loss |",
+             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for name, own in rows.items():
+        layers = [own[0][stack] for stack in STACKS]
+        fast = results.get(f"speed|{layers[0]}+{layers[1]}|0", {}).get("speedup")
+        beams = [entry["score"] for key, entry in results.items() if key.startswith(f"beam 4|{name}|")]
+        ratio = sum(teacher[stack] for stack in STACKS) / sum(layers)
+        lines.append(" | ".join([
+            f"| {name}", f"{layers[0]}+{layers[1]}", f"{ratio:.2f}x", f"{own[0]['parameters']:,}",
+            f"{fast:.2f}x" if fast else "–", spread([r["greedy"] for r in own]), spread(beams) if beams else "–",
+            f"{sum(100 * r['greedy'] / teacher['greedy'] for r in own) / len(own):.1f}",
+            spread([r["identical"] for r in own], 0), spread([r["loss"] for r in own], 3)]) + " |")
     return "\n".join(lines)
 
 
