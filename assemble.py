@@ -2,7 +2,7 @@
 
     python assemble.py RUN --ratio 2                                   # the best model of at most half the layers
     python assemble.py RUN --speedup 2.5                               # the best one that runs 2.5x as fast here
-    python assemble.py RUN --params 40M --out DIR                      # the best one of 40 million parameters
+    python assemble.py RUN --params 40M --out DIR                      # the best one of at most 40 million parameters
     python assemble.py RUN --list                                      # every budget worth choosing
     python assemble.py RUN --ratio 2 --strategy speed-first            # by rule: the decoder's layers go first
     python assemble.py RUN --encoder 2,2,2,2,2,2 --decoder 6,6         # these spans, in order
@@ -198,18 +198,26 @@ def search(teacher, bank, damage, allowed, batches, k=8):
     """The best assembly under a budget: of the k with the least estimated damage, the one with the least validation
     loss; None if no depths are allowed."""
     return min((paths for _, paths in candidates(teacher, bank, damage, allowed, k)), default=None,
-               key=lambda paths: validation_loss(bank.frame, batches, bank.layers(teacher, paths)))
+               key=lambda paths: validation_loss(frame_of(teacher, bank, paths), batches, bank.layers(teacher, paths)))
 
 
 # ---- building, measuring, writing
 
+def frame_of(teacher, bank, paths):
+    """The T5 whose embedding, head, position tables and norms an assembly has: the bank's, or the teacher's if there is
+    no module on its paths."""
+    return bank.frame if any(stop - start > 1 for stack in STACKS for start, stop in paths[stack]) else teacher
+
+
 def assemble(teacher, bank, paths):
-    """The plain T5 of an assembly: copies of the layers on its paths and of the bank's frame, or of the teacher if no
-    module is on them. Raises ValueError for a path that does not tile its stack."""
+    """The plain T5 of an assembly: copies of the layers on its paths and of their frame. Raises ValueError for a path
+    that does not tile its stack."""
     for stack in STACKS:
-        check_path(paths[stack], teacher.depths[stack], bank.spans[stack])
-    frame = bank.frame if any(stop - start > 1 for stack in STACKS for start, stop in paths[stack]) else teacher
-    return with_layers(frame, bank.layers(teacher, paths))
+        try:
+            check_path(paths[stack], teacher.depths[stack], bank.spans[stack])
+        except ValueError as error:
+            raise ValueError(f"{stack} {error}") from None
+    return with_layers(frame_of(teacher, bank, paths), bank.layers(teacher, paths))
 
 
 def parameters(model):

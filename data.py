@@ -141,9 +141,16 @@ def toy_corpus(n, seed):
 
 
 def toy_splits(seed, train, valid, test):
-    """Three lists of pairs of these sizes; no source is in two of them."""
-    pairs = toy_corpus(train + valid + test, seed)
-    return pairs[:train], pairs[train:train + valid], pairs[train + valid:]
+    """Three lists of pairs of these sizes. No target of `train` is in the others: a sentence has 24 sources, its words
+    in any order, and who has seen one of them knows the target."""
+    pairs = toy_corpus(train + valid + test + 24, seed)
+    orders, held, size = Counter(target for _, target in pairs), set(), 0
+    for target in orders:
+        if size < valid + test:
+            held.add(target)
+            size += orders[target]
+    seen, unseen = [pair for pair in pairs if pair[1] not in held], [pair for pair in pairs if pair[1] in held]
+    return seen[:train], unseen[:valid], unseen[valid:valid + test]
 
 
 # --------------------------------------------------------------- reading pairs

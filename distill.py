@@ -1,8 +1,9 @@
 """Module replacing and distillation: the losses, each under its equation, and one training loop.
 
 Every way of training here is the same step with more or less in it:
-    modules       paths are drawn, their modules train inside the frozen teacher, all four losses
-    Theseus       the same with one granularity and cross-entropy alone (https://arxiv.org/abs/2002.02925)
+    modules       paths are drawn; their modules train among the teacher's frozen layers, and the frame around them (the
+                  bank's embedding, head, position tables, final norms); all four losses
+    Theseus       one granularity, cross-entropy alone, a frozen frame, dropout (https://arxiv.org/abs/2002.02925)
     KD            a fixed smaller student, all of it trains, all four losses (https://arxiv.org/abs/1503.02531)
     SFT           shrink and fine-tune: the same student, cross-entropy alone (https://arxiv.org/abs/2010.13002)
     pseudo-labels SFT on the teacher's own outputs
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import memory_for, new_file
+from model import StackOutput, memory_for, new_file
 from modules import STACKS, by_granularity, path_of, realised_rate, replacement_rate, sample_path, with_layers
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
@@ -89,31 +90,50 @@ def shift_right(targets, config):
     return torch.cat([start, targets[:, :-1]], dim=1)
 
 
-def losses(student, source, target, weights, teacher=None, layers=None, paths=None):
+def run_stacks(model, source, target, layers=None, probs=False):
+    """All that a loss may look at, of a model that runs freely: its decoder reads its own memory, as it will alone.
+
+    source (B, S) and target (B, T) are padded token ids; layers: {"encoder": list, "decoder": list} to run in place of
+    the model's own. Returns {"encoder": StackOutput, "decoder": StackOutput, "logits": (N, V)}, logits of the real
+    tokens alone, row by row.
+    """
+    layers, mask = layers or dict.fromkeys(STACKS), source != model.config.pad_token_id
+    encoded = model.encode(source, layers["encoder"], probs)
+    decoded = model.decode(shift_right(target, model.config), encoded.hidden, mask, layers["decoder"], probs)
+    return {"encoder": encoded, "decoder": decoded,
+            "logits": model.logits(decoded.hidden[target != model.config.pad_token_id])}
+
+
+@torch.no_grad()
+def run_teacher(teacher, source, target, weights):
+    """`run_stacks`, without a gradient, with what those loss terms look at."""
+    return run_stacks(teacher, source, target, probs="attention" in weights)
+
+
+def some_rows(outputs, rows, real):
+    """What `run_stacks` gave, of the rows (ascending indices) alone. real (B, T): where the whole batch has tokens."""
+    tokens = torch.zeros_like(real)
+    tokens[rows] = True
+    few = {stack: StackOutput(outputs[stack].hidden[rows], [state[rows] for state in outputs[stack].states],
+                              [[p if p is None else p[rows] for p in probs] for probs in outputs[stack].probs])
+           for stack in STACKS}
+    return {**few, "logits": outputs["logits"][tokens[real]]}
+
+
+def losses(student, source, target, weights, theirs=None, layers=None, paths=None):
     """Those terms of one batch that `weights` names, unweighted: {"ce": scalar, "logits": ..., "hidden": ..., ...}.
 
-    source (B, S) and target (B, T) are padded token ids. Both models run freely: the student's decoder reads the
-    student's memory, the teacher's the teacher's, so the student is trained on what it will see alone.
-    layers: {"encoder": list, "decoder": list} to run in place of the student's own.
+    source, target, layers: as in `run_stacks`, for the student. theirs: what that gives for the teacher, or None.
     paths: {"encoder": path, "decoder": path}: layer i of the student stands for span i of the teacher, and is held
     against the state after the span's last layer and the attention within that layer. "hidden" and "attention" are the
     means over all of these in both stacks.
     """
-    config = student.config
-    layers = layers or {"encoder": None, "decoder": None}
-    masks = {"encoder": source != config.pad_token_id, "decoder": target != config.pad_token_id}
-    inputs, real = shift_right(target, config), masks["decoder"]
+    masks = {"encoder": source != student.config.pad_token_id, "decoder": target != student.config.pad_token_id}
     probs = "attention" in weights
-    ours = {"encoder": student.encode(source, layers["encoder"], probs)}
-    ours["decoder"] = student.decode(inputs, ours["encoder"].hidden, masks["encoder"], layers["decoder"], probs)
-    logits = student.logits(ours["decoder"].hidden[real])  # the head runs on real tokens only: (N, V)
-    terms = {"ce": cross_entropy(logits, target[real])}
-    if teacher is not None:
-        with torch.no_grad():
-            theirs = {"encoder": teacher.encode(source, need_probs=probs)}
-            theirs["decoder"] = teacher.decode(inputs, theirs["encoder"].hidden, masks["encoder"], need_probs=probs)
-            teacher_logits = teacher.logits(theirs["decoder"].hidden[real])
-        terms["logits"] = logit_distillation(logits, teacher_logits)
+    ours = run_stacks(student, source, target, layers, probs)
+    terms = {"ce": cross_entropy(ours["logits"], target[masks["decoder"]])}
+    if theirs is not None:
+        terms["logits"] = logit_distillation(ours["logits"], theirs["logits"])
         hidden, attention = [], []
         for stack in STACKS:
             for i, (_, stop) in enumerate(paths[stack]):
@@ -140,40 +160,47 @@ def validation_loss(model, batches, layers=None):
 
 # ---- the two kinds of training
 
-def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.3, **loop):
+def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.3, passes=2.0,
+                  **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
-    Multi-grained: each batch is parted among the granularities, 1 (the teacher's own layers) to the largest, so that
-    every module trains in every step, beside the neighbours it will have when assembled. On paths of mixed lengths a
-    module is in one step of several, next to others that it rarely meets again (README, "What did not work"). The
-    encoder's and the decoder's granularity are drawn apart, for they are chosen apart. All paths run in the bank's
-    frame, which trains with the modules under distillation. The teacher is frozen but lets gradients
-    through, and runs without dropout where its layers stand in a path. Distilled modules do too: their targets have no
-    noise, and matching them with noise did not help (README, "What did not work"). **loop goes to `fit`."""
+    Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
+    Together they run `passes` times as many rows as the batch has, each on rows drawn for it, in proportion to g: such
+    a path has 1 / g of the layers, so that all cost alike, and what stands for six layers has more to learn than what
+    stands for two. The encoder's granularity is drawn for each, with chances in proportion to it: both are chosen apart
+    later. On paths of mixed lengths, instead, a module stands beside others that it rarely meets again (README,
+    "Ablations"). "ce" and the other terms are means over the granularities.
+    All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
+    gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
+    targets have no noise, and matching them with noise did not help (README, "What did not work"). **loop goes to
+    `fit`."""
     teacher.eval().requires_grad_(False)
-    distilling = teacher if len(weights) > 1 else None
-    bank.train(distilling is None)
-    bank.frame.requires_grad_(distilling is not None)  # Theseus freezes what is no module
+    distilling = bool(set(weights) - set(CE_ONLY))
+    bank.train(not distilling)
+    bank.frame.requires_grad_(distilling)  # Theseus freezes what is no module
     grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
-    # A part for the teacher's own layers: under distillation the frame must serve them; or if there is no module.
-    grains = {stack: own if own and not distilling else [[], *own] for stack, own in grains.items()}
+    for own in grains.values():
+        if distilling or not own:  # the teacher's own layers: the frame must serve them, too; or there is no module
+            own[1] = []
 
     def step_loss(step, source, target):
-        """One draw of paths for each part of the batch, and what they cost: terms by name, and the rates to log."""
+        """Paths of each granularity of the decoder, and what they cost: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
-        order = {stack: rng.sample(own, len(own)) for stack, own in grains.items()}
         rank, world = processes()
         whole = round(world * float(over_processes(len(source), source)))  # rows in all processes
-        parts = min(max(map(len, order.values())), whole)
-        part = (rank + world * torch.arange(len(source), device=source.device)) * parts // whole  # of each row
+        theirs = run_teacher(teacher, source, target, weights) if distilling else None
         total, rates = {}, {stack: [] for stack in STACKS}
-        for k in range(parts):
-            spans = {stack: own[k % len(own)] for stack, own in order.items()}
+        for g in grains["decoder"]:
+            share = set(rng.sample(range(whole), min(whole, math.ceil(passes * whole * g / sum(grains["decoder"])))))
+            rows = torch.tensor([i for i, row in enumerate(range(rank, whole, world)) if row in share],
+                                dtype=torch.long, device=source.device)
+            other, = rng.choices(list(grains["encoder"]), weights=list(grains["encoder"]))
+            spans = {"encoder": grains["encoder"][other], "decoder": grains["decoder"][g]}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
-            layers = bank.layers(teacher, paths)
-            terms = losses(bank.frame, source[part == k], target[part == k], weights, distilling, layers, paths)
+            few = theirs and some_rows(theirs, rows, target != teacher.config.pad_token_id)
+            terms = losses(bank.frame, source[rows], target[rows], weights, few, bank.layers(teacher, paths), paths)
             for term, value in terms.items():
-                total[term] = total.get(term, 0.0) + value / parts
+                total[term] = total.get(term, 0.0) + value / len(grains["decoder"])
             for stack in STACKS:
                 rates[stack] += [realised_rate(paths[stack], spans[stack])] if spans[stack] else []
         return total, {"rate": rate, **{f"rate_{stack}": sum(own) / max(1, len(own)) for stack, own in rates.items()}}
@@ -182,17 +209,22 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     bank.eval()
 
 
-def train_student(student, batches, steps, teacher=None, seed=0, weights=CE_ONLY, **loop):
+def train_student(student, batches, steps, teacher=None, seed=0, weights=None, **loop):
     """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the teacher's,
     without dropout, as in `train_modules`. Without: shrink-and-fine-tune, pseudo-labels, or the teacher itself.
-    **loop goes to `fit`."""
+    weights: by default WEIGHTS with a teacher, else CE_ONLY. **loop goes to `fit`."""
+    weights = weights or (WEIGHTS if teacher is not None else CE_ONLY)
     student.train(teacher is None).requires_grad_(True)
     paths = None
     if teacher is not None:
         teacher.eval().requires_grad_(False)
         paths = {stack: spread(teacher.depths[stack], student.depths[stack]) for stack in STACKS}
-    fit(student, lambda step, source, target: (losses(student, source, target, weights, teacher, paths=paths), {}),
-        batches, steps, seed=seed, weights=weights, **loop)
+
+    def step_loss(step, source, target):
+        """What the student costs, and nothing else to log."""
+        theirs = run_teacher(teacher, source, target, weights) if teacher is not None else None
+        return losses(student, source, target, weights, theirs, paths=paths), {}
+    fit(student, step_loss, batches, steps, seed=seed, weights=weights, **loop)
     student.eval()
 
 
@@ -291,22 +323,25 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
             with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
                 terms, facts = step_loss(step, source, target)
             loss = sum(weights[term] * value for term, value in terms.items())
-            scaler.scale(loss).backward()
+            if moves := loss.requires_grad:  # not so where Theseus drew the teacher's own layers alone
+                scaler.scale(loss).backward()
         if not torch.isfinite(loss):
             values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
             raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}; a lower learning rate "
                                      f"may help")
-        if world > 1:
-            average_gradients(parameters)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = group["size"] * learning_rate(step, steps, lr)
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        skipped += scaler.get_scale() < scale  # float16 overflowed: no step, and the next at half the scale
-        optimizer.zero_grad(set_to_none=True)
+        norm = torch.zeros(())
+        if moves:
+            if world > 1:
+                average_gradients(parameters)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = group["size"] * learning_rate(step, steps, lr)
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            skipped += scaler.get_scale() < scale  # float16 overflowed: no step, and the next at half the scale
+            optimizer.zero_grad(set_to_none=True)
 
         tokens += source.numel() + target.numel()
         if step == first or (step + 1) % max(1, steps // 100) == 0 or step + 1 == steps:

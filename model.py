@@ -59,7 +59,8 @@ class T5Config:
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (https://arxiv.org/abs/1910.07467).
 
-    No mean is subtracted and no bias added. The mean square is taken in float32: in 16 bit it loses digits.
+    No mean is subtracted and no bias added. The mean square is taken in float32: in 16 bit it loses digits. y has the
+    weight's dtype: in a float16 model x is float32 from the first `wo` on (see `FeedForward`).
     """
     def __init__(self, config):
         super().__init__()
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         """(..., d_model) -> the same shape."""
         x32 = x.float()
-        y = self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        y = self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype)
         # Under autocast several matrices read y: rounded here it is rounded once, not once for each of them.
         return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
 
@@ -80,7 +81,7 @@ def dropout(x, rate, training):
     One random byte an element, not one float: on a CPU the usual mask costs a third of a small model's training
     step. The rate is rounded to 1/256, and the scale is that of the rounded rate.
     """
-    cut = round(rate * 256)
+    cut = min(255, round(rate * 256))
     if not training or cut == 0:
         return x
     words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device)
@@ -775,7 +776,7 @@ def fetch(base, path):
 def command_line(run):
     """Make `main(argv=None) -> exit status` of run(argv): what the user got wrong, a ValueError or OSError (or a loss
     that left the finite numbers, or memory that ran out), is one line on stderr and status 2, an interrupt is 130, the
-    rest is a bug."""
+    rest is a bug. `python -X dev` shows every error's traceback."""
     @functools.wraps(run)
     def main(argv=None):
         """`run`, its errors turned into an exit status."""
@@ -790,7 +791,8 @@ def command_line(run):
             if cause:
                 print("interrupted", file=sys.stderr)
                 return 130
-            if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)):
+            users = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
+            if sys.flags.dev_mode or not isinstance(error, users):
                 raise
             text = str(error) or "out of memory"  # Python's own MemoryError says nothing
             line = "".join(c if c.isprintable() else " " for c in text)  # it may quote a file from anywhere
@@ -840,7 +842,7 @@ def main(argv):
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_device()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options may come before the text
     from data import Tokenizer  # here alone: the model itself knows no text
     folder = find_t5(args.model)
     model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)

@@ -126,7 +126,7 @@ def with_layers(teacher, layers):
 
 
 def save_bank(bank, path):
-    """Write all modules to one safetensors file, under names such as "encoder.0-2.self_attention.q.weight"."""
+    """Write all modules and the frame to one safetensors file, as "encoder.0-2.self_attention.q.weight" and so on."""
     write_safetensors(dict(bank.named_parameters()), path)  # a tied head once
 
 
@@ -174,9 +174,9 @@ def sample_path(n, spans, rate, rng):
 
 
 def by_granularity(spans):
-    """The modules of one stack, apart: [[spans of 2 layers], [spans of 3], ...]."""
+    """The modules of one stack, apart: {2: [spans of 2 layers], 3: [spans of 3], ...}."""
     lengths = sorted({stop - start for start, stop in spans})
-    return [[span for span in spans if span[1] - span[0] == length] for length in lengths]
+    return {length: [span for span in spans if span[1] - span[0] == length] for length in lengths}
 
 
 def realised_rate(path, spans):

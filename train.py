@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
 
 The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/,
-checkpoint.pt while something trains, results.json and frontier.svg. `python assemble.py RUN --ratio 2` makes a model
-of it.
+checkpoint.pt while something trains, results.json and frontier.svg; `python assemble.py RUN --ratio 2` makes a model
+of it, and adds damage.json. In log.jsonl the last record of a step counts: after an interruption some come twice.
 """
 import argparse
 import ctypes
@@ -29,10 +29,10 @@ from tqdm import tqdm
 from assemble import assemble, choose, depths, export, parameters, path_of_depth, save_batches, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
-from distill import CE_ONLY, WEIGHTS, pick_dtype, shrink, train_modules, train_student, validation_loss
+from distill import CE_ONLY, pick_dtype, shrink, train_modules, train_student, validation_loss
 from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, read_json,
                    write_json)
-from modules import STACKS, Bank, divisors, load_bank, module_spans, save_bank
+from modules import STACKS, Bank, divisors, load_bank, module_spans, path_of, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
 BASELINES = ("sft", "kd", "pseudo", "theseus")
@@ -40,9 +40,9 @@ BASELINES = ("sft", "kd", "pseudo", "theseus")
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
 TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 16 bit to pay
            d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, steps=400,
-           teacher_lr=1.5e-2, lr=3e-2, max_length=64, baselines="sft:3+3,kd:3+3,sft:1+1,kd:1+1")
+           teacher_lr=1.5e-2, lr=3e-2, max_length=64)
 REAL = dict(dtype="auto", metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
-            teacher_steps=2820, steps=940, teacher_lr=1.5e-2, lr=3e-2, max_length=128, baselines="")
+            teacher_steps=2820, steps=940, teacher_lr=3e-2, lr=3e-2, max_length=128)
 PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
 
@@ -62,7 +62,7 @@ def parse_args(argv):
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
                    help="of matrix products in training; weights are float32")
     p.add_argument("--metric", choices=METRICS)
-    p.add_argument("--num-beams", type=int, default=1, help="for scoring")
+    p.add_argument("--num-beams", type=int, default=1, help="for scoring, and for pseudo-labels")
     p.add_argument("--layers", type=int, help="of each stack of a teacher from scratch")
     p.add_argument("--d-model", type=int, help="width of a teacher from scratch, a multiple of 32")
     p.add_argument("--vocab", type=int, help="pieces of a tokenizer trained on the corpus")
@@ -99,10 +99,18 @@ def parse_args(argv):
     for name, value in (FINE_TUNE if args.teacher else REAL if given else TOY).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, least in dict(layers=1, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1,
+    if args.baselines is None:
+        shapes = () if given else (f"{k}+{k}" for k in (args.layers // 2, 1))
+        args.baselines = ",".join(f"{kind}:{shape}" for shape in shapes for kind in ("sft", "kd"))
+    for name, least in dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1,
                             teacher_steps=0, seed=0).items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    for name in ("teacher_lr", "lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, and finite")
+    if args.seed >= 1 << 32:
+        raise ValueError(f"--seed {args.seed}: must be below {1 << 32}")
     if args.d_model % 32:
         raise ValueError(f"--d-model {args.d_model}: not a multiple of 32")
     parse_baselines(args.baselines)
@@ -290,9 +298,13 @@ def start_run(args, pairs):
     elif args.teacher:
         folder = find_t5(args.teacher)
         teacher, tokenizer = load_t5(folder), Tokenizer(folder)
-        if len(tokenizer.pieces) > teacher.config.vocab_size:
+        c = teacher.config
+        if len(tokenizer.pieces) > c.vocab_size:
             raise ValueError(f"{folder}: spiece.model has {len(tokenizer.pieces)} pieces, the embedding "
-                             f"{teacher.config.vocab_size} rows")
+                             f"{c.vocab_size} rows")
+        if (c.pad_token_id, c.eos_token_id) != (tokenizer.pad_id, tokenizer.eos_id):
+            raise ValueError(f"{folder}: config.json has pad_token_id {c.pad_token_id} and eos_token_id "
+                             f"{c.eos_token_id}, spiece.model {tokenizer.pad_id} and {tokenizer.eos_id}")
     check_plan(args, *((teacher.config.num_layers, teacher.config.num_decoder_layers) if teacher else
                        (args.layers, args.layers)))
     if not teacher and not args.resume:
@@ -339,18 +351,15 @@ def check_plan(args, encoder, decoder):
 def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, valid):
     """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank."""
     if kind == "theseus":
-        n = teacher.depths
-        sizes = {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in zip(STACKS, (encoder, decoder))}
-        bank = Bank(teacher, sizes, args.init)
+        shape, n = dict(zip(STACKS, (encoder, decoder))), teacher.depths
+        bank = Bank(teacher, {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in shape.items()}, args.init)
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, name=name, **loop)
-        paths = {s: bank.spans[s] or [(i, i + 1) for i in range(n[s])] for s in STACKS}
-        return assemble(teacher, bank, paths)
+        return assemble(teacher, bank, {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()})
     student = shrink(teacher, encoder, decoder)
     say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")
     if kind == "pseudo":
         batches = relabel(teacher, batches, args)
-    teach = dict(teacher=teacher, weights=WEIGHTS) if kind == "kd" else {}
-    train_student(student, batches, args.steps, lr=args.lr, name=name, **teach, **loop)
+    train_student(student, batches, args.steps, teacher if kind == "kd" else None, lr=args.lr, name=name, **loop)
     return student
 
 

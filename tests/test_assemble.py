@@ -466,6 +466,12 @@ def test_search_scores_the_candidates_for_real(monkeypatch):
     loss = {str(paths): distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
             for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 5, 1000)}
     assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "the candidate with the least loss wins"
+    scored = []
+    monkeypatch.setattr(a, "validation_loss", lambda model, batches, layers: scored.append(model) or len(scored))
+    a.search(teacher, bank, damage, lambda e, d: e + d >= 9, BATCHES, k=1000)
+    assert scored.count(teacher) == 1 and set(scored) == {teacher, bank.frame}, \
+        "what is scored is what would be built: without a module the teacher in its own frame, else the bank's"
+    monkeypatch.undo()
     assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within this budget"
     monkeypatch.setattr(a, "candidates", lambda *options: [] if options[-1] == 8 else None)
     assert a.search(teacher, bank, damage, lambda e, d: True, BATCHES) is None, "eight are scored by default"
@@ -671,7 +677,7 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--encoder", "2,2"], ["--encoder", "--decoder"]),
     (["--decoder", "2,2,2"], ["--encoder", "--decoder"]),
     (["--encoder", "2,2", "--decoder", "2,2,2", "--ratio", "2"], ["--ratio", "--encoder"]),
-    (["--encoder", "2", "--decoder", "2,2,2"], ["covers 2 of 4"]),
+    (["--encoder", "2", "--decoder", "2,2,2"], ["encoder path", "covers 2 of 4"]),
     (["--encoder", "2,2", "--decoder", "2,2,2,2"], ["no module", "6-7"]),
     (["--encoder", "1,2,1", "--decoder", "2,2,2"], ["no module", "1-2"]),
     (["--encoder", "2,2", "--decoder", "6"], ["no module", "0-5"]),

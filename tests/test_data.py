@@ -162,6 +162,8 @@ def test_toy_sizes_and_splits():
     assert (len(train), len(valid), len(test)) == (2000, 200, 300), "the sizes asked for"
     sources = [source for split in (train, valid, test) for source, _ in split]
     assert len(set(sources)) == 2500, "no source may appear twice, least of all in two splits"
+    assert not {target for _, target in train} & {target for _, target in valid + test}, \
+        "what is asked for in valid and test, no training pair may have told"
     assert max(len(source.split()) for source in sources) <= 15, "sources of at most 15 words"
     assert max(len(target.split()) for _, target in train) <= 20, "targets of at most 20 words"
     assert all(source and target for source, target in train), "no empty sentence"

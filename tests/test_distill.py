@@ -215,6 +215,10 @@ def own_layers(model):
     return {stack: list(getattr(model, stack).layers) for stack in mod.STACKS}
 
 
+def states_of(teacher, source=SOURCE, target=TARGET):
+    return d.run_teacher(teacher, source, target, d.WEIGHTS)
+
+
 PATHS = {"encoder": [(0, 1), (1, 2), (2, 4)], "decoder": [(0, 2), (2, 3), (3, 6)]}
 
 
@@ -226,7 +230,7 @@ def test_losses_of_modules_by_hand():
     with torch.no_grad():
         for weight in bank.frame.parameters():
             weight.mul_(1.1)  # it is not the teacher's
-    terms = d.losses(bank.frame, SOURCE, TARGET, d.WEIGHTS, teacher, layers, PATHS)
+    terms = d.losses(bank.frame, SOURCE, TARGET, d.WEIGHTS, states_of(teacher), layers, PATHS)
     # Each layer of a path is held against the teacher's last layer of its span: modules, and the teacher's own layers,
     # whose input is another than in the teacher.
     compared = {"encoder": [(0, 0), (1, 1), (2, 3)], "decoder": [(0, 1), (1, 2), (2, 5)]}
@@ -237,13 +241,13 @@ def test_losses_of_modules_by_hand():
 def test_losses_of_a_student_by_hand():
     teacher, student = tiny(), tiny(2, 3, seed=5)
     paths = {"encoder": [(0, 1), (1, 4)], "decoder": [(0, 1), (1, 4), (4, 6)]}
-    terms = d.losses(student, SOURCE, TARGET, d.WEIGHTS, teacher, paths=paths)
+    terms = d.losses(student, SOURCE, TARGET, d.WEIGHTS, states_of(teacher), paths=paths)
     # Every layer of a static student can learn, so those that stand for one layer count, too.
     compared = {"encoder": [(0, 0), (1, 3)], "decoder": [(0, 0), (1, 3), (2, 5)]}
     expected = losses_by_hand(student, teacher, own_layers(student), own_layers(teacher), compared)
     assert_close(terms, expected, "student")
     without = {name: 1.0 for name in ("ce", "logits", "hidden")}
-    terms = d.losses(student, SOURCE, TARGET, without, teacher, paths=paths)
+    terms = d.losses(student, SOURCE, TARGET, without, d.run_teacher(teacher, SOURCE, TARGET, without), paths=paths)
     assert_close(terms, {name: expected[name] for name in without}, "without attention")
     alone = d.losses(student, SOURCE, TARGET, d.CE_ONLY)
     assert_close(alone, {"ce": expected["ce"]}, "without a teacher")
@@ -253,7 +257,8 @@ def test_losses_of_a_student_by_hand():
 def test_only_terms_with_a_weight(names):
     teacher, student = tiny(), tiny(2, 3, seed=5)
     paths = {"encoder": d.spread(4, 2), "decoder": d.spread(6, 3)}
-    terms = d.losses(student, SOURCE, TARGET, dict.fromkeys(names, 1.0), teacher, paths=paths)
+    weights = dict.fromkeys(names, 1.0)
+    terms = d.losses(student, SOURCE, TARGET, weights, d.run_teacher(teacher, SOURCE, TARGET, weights), paths=paths)
     assert set(terms) == set(names), f"weights name the terms of the loss: {names}, not {sorted(terms)}"
 
 
@@ -266,10 +271,10 @@ def test_padding_changes_nothing(kind):
         layers = bank.layers(teacher, PATHS)
     else:
         student = tiny(3, 3, seed=5)
-    plain = d.losses(student, SOURCE, TARGET, d.WEIGHTS, teacher, layers, paths)
+    plain = d.losses(student, SOURCE, TARGET, d.WEIGHTS, states_of(teacher), layers, paths)
     for source, target in ((F.pad(SOURCE, (0, 6)), TARGET), (SOURCE, F.pad(TARGET, (0, 5))),
                            (F.pad(SOURCE, (0, 1)), F.pad(TARGET, (0, 9)))):
-        more = d.losses(student, source, target, d.WEIGHTS, teacher, layers, paths)
+        more = d.losses(student, source, target, d.WEIGHTS, states_of(teacher, source, target), layers, paths)
         for name in TERMS:
             assert more[name].item() == pytest.approx(plain[name].item(), rel=1e-5), \
                 f"{name} must not change when padding is appended to source or target"
@@ -280,18 +285,20 @@ def test_a_student_identical_to_the_teacher_has_no_distillation_loss(names):
     teacher = tiny(dropout_rate=0.1)
     student = d.shrink(teacher, 4, 6)
     paths = {"encoder": d.spread(4, 4), "decoder": d.spread(6, 6)}
-    terms = d.losses(student, SOURCE, TARGET, dict.fromkeys(names, 1.0), teacher, paths=paths)
+    weights = dict.fromkeys(names, 1.0)
+    theirs = d.run_teacher(teacher, SOURCE, TARGET, weights)
+    terms = d.losses(student, SOURCE, TARGET, weights, theirs, paths=paths)
     for name in names[1:]:
         assert abs(terms[name].item()) < 1e-6, f"{name} of a student that is the teacher must be 0"
     assert terms["ce"].item() > 0.1, "its cross-entropy is the teacher's own, not 0"
-    other = d.losses(tiny(seed=9), SOURCE, TARGET, dict.fromkeys(names, 1.0), teacher, paths=paths)
+    other = d.losses(tiny(seed=9), SOURCE, TARGET, weights, theirs, paths=paths)
     assert all(other[name].item() > 1e-3 for name in names), "another model must have a loss, or 0 says nothing"
 
 
 def test_no_gradient_reaches_the_teacher_through_its_targets():
     teacher, student = tiny(), tiny(2, 3, seed=5)
     paths = {"encoder": d.spread(4, 2), "decoder": d.spread(6, 3)}
-    sum(d.losses(student, SOURCE, TARGET, d.WEIGHTS, teacher, paths=paths).values()).backward()
+    sum(d.losses(student, SOURCE, TARGET, d.WEIGHTS, states_of(teacher), paths=paths).values()).backward()
     assert all(weight.grad is None for weight in teacher.parameters()), "the teacher's outputs are constants"
     assert all(weight.grad is not None for weight in student.parameters()), "all of a static student trains"
 
@@ -332,41 +339,101 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
             assert name not in grads and torch.equal(weight, start[name]), f"{name} is on no path and must stay"
 
 
+def test_some_rows_are_what_the_teacher_makes_of_these_rows_alone():
+    """One forward pass of the teacher serves all paths, each of which runs some rows of the batch."""
+    teacher, rows = tiny(), torch.tensor([0, 2])
+    few = d.some_rows(states_of(teacher), rows, TARGET != 0)
+    alone = states_of(teacher, SOURCE[rows], TARGET[rows])
+    for what, ours, theirs in (("logits", [few["logits"]], [alone["logits"]]), *(
+            (f"{stack} {what}", *map(flat, (getattr(few[stack], what), getattr(alone[stack], what))))
+            for stack in mod.STACKS for what in ("hidden", "states", "probs"))):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: {text}")
+
+
+def flat(value):
+    return [value] if isinstance(value, torch.Tensor) else [tensor for part in value for tensor in flat(part)]
+
+
 @pytest.mark.parametrize("granularities", ({"encoder": [2, 4], "decoder": [2, 3, 6]}, {"encoder": [], "decoder": [3]},
-                                           {"encoder": [2], "decoder": [2]}))
-@pytest.mark.parametrize("rows", (1, 2, 9))
-def test_each_granularity_has_its_part_of_every_batch(monkeypatch, granularities, rows):
+                                           {"encoder": [2], "decoder": []}))
+@pytest.mark.parametrize("rows", (1, 2, 12))
+@pytest.mark.parametrize("weights", (dict.fromkeys(TERMS, 1.0), d.CE_ONLY))
+def test_each_granularity_has_its_rows_of_every_batch(monkeypatch, granularities, rows, weights):
     teacher, seen = tiny(), []
     bank = make_bank(teacher, granularities)
     ids = torch.arange(2, 2 + rows)[:, None].expand(rows, 3).clone()  # the row's number
+    ids[1::2, 2] = 0  # rows of three tokens and of two
 
-    def losses(student, source, target, weights, teacher, layers, paths):
+    def losses(student, source, target, names, theirs, layers, paths):
         assert torch.equal(source, target), "a row keeps its target"
-        seen.append((source[:, 0].tolist(), {stack: {b - a for a, b in paths[stack]} for stack in mod.STACKS}))
+        assert names is weights and (theirs is None) == (weights is d.CE_ONLY), "without distillation no teacher runs"
+        if theirs is not None:
+            alone = d.run_teacher(teacher, source, target, weights)
+            for ours, wanted in ((theirs["logits"], alone["logits"]), *(
+                    (theirs[stack].states[0], alone[stack].states[0]) for stack in mod.STACKS)):
+                torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4,
+                                           msg="the teacher's outputs must be those of the rows that the path runs")
+        lengths = [{b - a for a, b in paths[stack]} for stack in mod.STACKS]
+        assert all(len(own) == 1 for own in lengths), "at rate 1 a path is of one granularity"
+        seen.append((sorted(source[:, 0].tolist()), *(own.pop() for own in lengths)))
         return {"ce": torch.tensor(float(len(seen)), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
-    all_of = {stack: {1, *wanted} for stack, wanted in granularities.items()}  # 1: the teacher's own layers
-    records, most = [], max(map(len, all_of.values()))
-    d.train_modules(teacher, bank, [(ids, ids)] * 20, 20, lr=1e-2, rate_start=1.0, log=records.append)
-    parts = min(rows, most)
-    assert len(seen) == 20 * parts, "as many parts as the stack with the most granularities has, but no empty one"
-    drawn = {stack: [] for stack in mod.STACKS}
-    for step in range(20):
-        mine = seen[step * parts:step * parts + parts]
-        assert sorted(itertools.chain.from_iterable(own for own, _ in mine)) == ids[:, 0].tolist(), \
-            "every row is in one part of its batch"
-        assert max(len(own) for own, _ in mine) - min(len(own) for own, _ in mine) <= 1, "the parts are of like size"
-        for stack, wanted in all_of.items():
-            lengths = [lengths for _, lengths in mine]
-            assert all(len(one[stack]) == 1 for one in lengths), "at rate 1 a path is of one granularity"
-            drawn[stack].append([*lengths[0][stack]][0])
-            if rows >= most:
-                assert set().union(*(one[stack] for one in lengths)) == wanted, \
-                    "every granularity of a stack trains in every step"
-        assert records[step]["ce"] == pytest.approx(sum(range(step * parts + 1, step * parts + parts + 1)) / parts), \
-            "the step's loss is the mean over the parts"
-    for stack, wanted in all_of.items():
-        assert set(drawn[stack]) == wanted, "every step draws anew which part a granularity gets"
+    records, steps = [], 60
+    d.train_modules(teacher, bank, [(ids, ids)] * steps, steps, lr=1e-2, rate_start=1.0, weights=weights,
+                    log=records.append)
+    # 1, the teacher's own layers, for the frame's sake; without distillation only where there is no module
+    encoder, decoder = ([1, *own] if weights is not d.CE_ONLY or not own else own for own in granularities.values())
+    assert len(seen) == steps * len(decoder), "a path for each of the decoder's granularities in every step"
+    for step in range(steps):
+        mine = seen[step * len(decoder):(step + 1) * len(decoder)]
+        assert sorted(g for *_, g in mine) == decoder, "every granularity of the decoder runs in every step"
+        for own, _, g in mine:
+            assert len(set(own)) == len(own) and set(own) <= set(ids[:, 0].tolist()), "no row is there twice"
+            assert len(own) == min(rows, math.ceil(2 * rows * g / sum(decoder))), \
+                f"granularity {g} of {decoder} has {2 * g} / {sum(decoder)} of {rows} rows, rounded up: not {len(own)}"
+        of_step = range(step * len(decoder) + 1, (step + 1) * len(decoder) + 1)
+        assert records[step]["ce"] == pytest.approx(sum(of_step) / len(decoder)), "the loss is the mean over the paths"
+    if rows == 12:
+        for g in decoder:
+            drawn = [tuple(own) for own, _, length in seen if length == g]
+            assert len(set(drawn)) > steps / 3 or len(drawn[0]) == rows, "every step draws the rows anew"
+    drawn = [other for _, other, _ in seen]
+    for g in encoder:
+        p = g / sum(encoder)
+        assert abs(drawn.count(g) / len(drawn) - p) <= 5 * math.sqrt(p * (1 - p) / len(drawn)), \
+            f"every path draws anew: the encoder's granularity is drawn in proportion to it, {g} with chance {p:.2f}"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_theseus_may_draw_no_module_at_all(dtype):
+    """Then there is nothing to train: the frame is frozen, too."""
+    teacher, records = tiny(), []
+    bank = make_bank(teacher, {"encoder": [2], "decoder": [2]})
+    before = copy_of(bank)
+    d.train_modules(teacher, bank, toy_batches(3), 3, lr=1e-2, weights=d.CE_ONLY, rate_start=0.0, rate_rise=math.inf,
+                    dtype=dtype, log=records.append)
+    assert same(copy_of(bank), before), "a step without a module moves nothing"
+    assert len(records) == 3 and all(record["ce"] > 0 and record["grad_norm"] == 0 for record in records)
+
+
+@pytest.mark.parametrize("weights", ({"hidden": 1.0}, {"logits": 2.0}))
+def test_one_distillation_loss_alone_trains_modules(weights):
+    teacher, records = tiny(), []
+    bank = make_bank(teacher)
+    before = copy_of(bank.frame)
+    d.train_modules(teacher, bank, toy_batches(2), 2, lr=1e-2, weights=weights, log=records.append)
+    assert set(weights) <= set(records[0]) and "ce" not in records[0], "the terms that have a weight"
+    assert not same(copy_of(bank.frame), before), "under distillation the frame trains"
+
+
+def test_a_student_with_a_teacher_is_distilled_by_default():
+    records = []
+    d.train_student(tiny(2, 2, seed=5), toy_batches(1), 1, tiny(), lr=1e-2, log=records.append)
+    d.train_student(tiny(2, 2, seed=5), toy_batches(1), 1, lr=1e-2, log=records.append)
+    assert set(TERMS) <= set(records[0]), "with a teacher: all four losses"
+    assert "ce" in records[1] and "hidden" not in records[1], "without: cross-entropy"
 
 
 def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
@@ -475,18 +542,14 @@ def test_module_replacing_with_distillation_runs_without_dropout():
             d.train_modules(teacher.train(), bank, [(SOURCE, TARGET)], 1, lr=1e-3, seed=seed, rate_start=rate,
                             rate_rise=math.inf, log=log.append)
             records[rate, seed] = log[0]
-    with torch.no_grad():
-        parts = [d.losses(tiny(), SOURCE[rows], TARGET[rows], d.CE_ONLY)["ce"].item() for rows in ([0, 1], [2])]
-    ce = sum(parts) / 2  # one for the teacher's own layers, one for the modules, which at rate 0 do not run
     for seed in (0, 1):
         record = records[0.0, seed]
-        assert record["ce"] == pytest.approx(ce, rel=1e-6), "at rate 0 the step runs the teacher, without dropout"
-        assert abs(record["logits"]) < 1e-6, "at rate 0 the student is the teacher"
+        assert abs(record["logits"]) < 1e-6, "at rate 0 the student is the teacher, without dropout"
         assert abs(record["hidden"]) < 1e-6 and abs(record["attention"]) < 1e-6, "its states are the teacher's"
         assert record["rate"] == record["rate_encoder"] == record["rate_decoder"] == 0.0
         assert records[1.0, seed]["rate_encoder"] == records[1.0, seed]["rate_decoder"] == 1.0
-    assert len({records[1.0, seed]["ce"] for seed in range(8)}) <= 4, \
-        "distilled modules train without dropout: 2 x 2 ways to deal out the parts, so 4 losses, whatever the seed"
+    assert len({records[1.0, seed]["ce"] for seed in range(8)}) < 8, \
+        "distilled modules train without dropout: few paths and rows can be drawn, so two of 8 seeds have one loss"
 
 
 def test_dropout_where_no_teacher_is_matched():
@@ -529,7 +592,7 @@ def test_sampled_rates_of_a_training(monkeypatch):
     bank, seen = make_bank(teacher, {"encoder": [2], "decoder": [2]}), []
     own = teacher
 
-    def losses(student, source, target, weights, teacher, layers, paths):
+    def losses(student, source, target, weights, theirs, layers, paths):
         assert student is bank.frame, "all paths run in the bank's frame"
         seen.append([[float(b - a > 1) for a, b in paths[stack] if a % 2 == 0] for stack in mod.STACKS])
         for stack in mod.STACKS:
@@ -540,7 +603,7 @@ def test_sampled_rates_of_a_training(monkeypatch):
     monkeypatch.setattr(d, "losses", losses)
     steps = 600
     batches = [(SOURCE, TARGET)] * steps
-    options = dict(lr=1e-2, weights=d.CE_ONLY)  # without distillation no part is left to the teacher's layers
+    options = dict(lr=1e-2, weights=d.CE_ONLY)  # without distillation no path is of the teacher's layers
     d.train_modules(teacher, bank, batches, steps, rate_start=0.3, rate_rise=math.inf, **options)
     took = torch.tensor(seen).flatten(1)  # (steps, 3 of the encoder and 3 of the decoder)
     sigma = math.sqrt(0.3 * 0.7 / steps)

@@ -213,6 +213,11 @@ def test_dropout_rate_and_mean():
     assert m.dropout(x, 0.1, training=False) is x and m.dropout(x, 0.0, training=True) is x, "nothing to drop here"
 
 
+def test_dropout_of_nearly_all():
+    out = m.dropout(torch.ones(100_000), 0.9999, training=True)  # rounded to 255/256, not to 1: the scale is finite
+    assert set(out.unique().tolist()) == {0.0, 256.0} and 0 < (out > 0).float().mean() < 0.01
+
+
 def test_dropout_is_off_in_eval_mode_only():
     model, x = tiny(dropout_rate=0.5), padded([[5, 6, 7, 1]])
     with torch.no_grad():
@@ -243,6 +248,17 @@ def test_autocast_stays_close(dtype, bound):
     error = (logits.float() - expected["logits"]).norm() / expected["logits"].norm()
     assert 0 < error < bound, f"{dtype}: 16 bit must only cost digits"
     assert ids.shape[0] == len(expected["input_ids"]), "generation must work under autocast"
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.bfloat16, 0.1), (torch.float16, 0.02)))
+@torch.no_grad()
+def test_a_model_in_16_bit_stays_close(dtype, bound):
+    model, expected = load("t5_tied")
+    logits = model.to(dtype)(expected["input_ids"], expected["decoder_ids"])
+    assert logits.dtype is dtype, "float32, where `wo` needs it, must not spread"
+    error = (logits.float() - expected["logits"]).norm() / expected["logits"].norm()
+    assert 0 < error < bound, f"{dtype}: 16 bit must only cost digits, not {error:.3f}"
+    assert model.generate(expected["input_ids"], 4).shape[0] == len(expected["input_ids"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
@@ -1116,6 +1132,8 @@ def test_command_line_reads_standard_input(text_folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(TEXTS).encode()), encoding="utf-8"))
     assert m.main([str(text_folder), "--num-beams", "2"]) == 0
     assert capsys.readouterr().out == expected, "a line of standard input is answered as the same argument is"
+    assert m.main([str(text_folder), "--num-beams", "2", *TEXTS]) == 0
+    assert capsys.readouterr().out == expected, "options may stand before the texts"
 
 
 @pytest.mark.parametrize("options, words", (
@@ -1166,6 +1184,12 @@ def test_a_bug_keeps_its_traceback(capsys):
     for error in (RuntimeError("a bug"), KeyError("a bug"), SystemExit(2)):
         assert ends(error) is error
     assert capsys.readouterr().err == ""
+
+
+def test_developers_see_the_traceback_of_every_error():
+    line = "import model; model.command_line(lambda argv: int('x'))([])"
+    run = subprocess.run([sys.executable, "-X", "dev", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "Traceback" in run.stderr and "invalid literal" in run.stderr and run.returncode == 1
 
 
 def test_output_is_utf_8_on_every_system(monkeypatch):

@@ -151,9 +151,10 @@ def test_each_position_takes_modules_at_the_rate(n, granularities, rate):
 
 
 def test_by_granularity():
-    assert mod.by_granularity(mod.module_spans(6, [3, 2])) == [[(0, 2), (2, 4), (4, 6)], [(0, 3), (3, 6)]], \
+    assert mod.by_granularity(mod.module_spans(6, [3, 2])) == {2: [(0, 2), (2, 4), (4, 6)], 3: [(0, 3), (3, 6)]}, \
         "the spans of a stack, apart by their length, the shortest first"
-    assert mod.by_granularity([]) == [], "a stack without modules has no granularity"
+    assert list(mod.by_granularity([(0, 6), (0, 3), (3, 6)])) == [3, 6], "in ascending order"
+    assert mod.by_granularity([]) == {}, "a stack without modules has no granularity"
 
 
 @pytest.mark.parametrize("rate", (0.3, 0.5))
