@@ -2,16 +2,16 @@
 
     python train.py --train ... --out RUN                    # any run: its teacher, data and settings are used
     python tests/bench_quality.py RUN                        # everything, seed 0; again: what is not there yet
-    python tests/bench_quality.py RUN main --seeds 0 1       # a bank and twelve static students a seed, on the test pairs
+    python tests/bench_quality.py RUN main --seeds 0 1       # a bank and twelve students a seed, on the test pairs
     python tests/bench_quality.py RUN beam --seeds 0 1       # their scores with four beams
     python tests/bench_quality.py RUN little --steps 470     # the same, fewer, from 1,000, 3,000 and 10,000 pairs
     python tests/bench_quality.py RUN ablations --steps 470  # one thing changed at a time, on the validation pairs
     python tests/bench_quality.py RUN speed                  # speed-ups of main's models, when nothing else runs
     python tests/bench_quality.py RUN teacher                # Hugging Face's T5 instead of ours (needs transformers)
 
-Results are in RUN/study/results.json, models beside it, and the README's tables are printed at the end. A seed is that of
-the bank or student, its batches and its sample of pairs; the teacher is the run's one. Several processes may work on one
-run, with a part or a seed each. Not collected by pytest. Remove RUN/study after a change of the recipe.
+Results are in RUN/study/results.json, models beside it, and the README's tables are printed at the end. A seed is that
+of the bank or student, its batches and its sample of pairs; the teacher is the run's one. Several processes may work on
+one run, with a part or a seed each. Not collected by pytest. Remove RUN/study after a change of the recipe.
 """
 import argparse
 import random
@@ -39,12 +39,13 @@ def without(term):
     return {name: weight for name, weight in WEIGHTS.items() if name != term}
 
 
-# name: what differs. options: of train_modules; grains: what stands in for by_granularity, so which modules the paths
-# of a part of the batch are drawn from; tune: steps of fine-tuning each assembly has afterwards, as a share
+# name: what differs. options: of train_modules; grains: what stands in for by_granularity, so {granularity: the modules
+# of which its path is drawn}; lr: times the run's; tune: steps of fine-tuning each assembly has afterwards, as a share
 VARIANTS = {
     "recipe": {},
-    "a part of mixed paths": {"grains": lambda spans: [*by_granularity(spans), spans]},
-    "mixed paths only": {"grains": lambda spans: [spans]},
+    "half the rows": {"options": {"passes": 1.0}},
+    "four times the rows": {"options": {"passes": 4.0}},
+    "mixed paths": {"grains": lambda spans: dict.fromkeys(by_granularity(spans), spans)},
     "constant rate 1": {"options": {"rate_start": 1.0}},
     "rate rises for 60 %": {"options": {"rate_rise": 0.6}},
     "half the learning rate": {"lr": 0.5},
@@ -211,7 +212,8 @@ def little_data(study, seed):
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
                     model = study.assembly(bank, depth, depth)
                 else:
-                    model = study.student(kind, depth, depth, f"{kind}-{depth}+{depth}-{k}-{steps}-{seed}", batches, seed)
+                    name = f"{kind}-{depth}+{depth}-{k}-{steps}-{seed}"
+                    model = study.student(kind, depth, depth, name, batches, seed)
                 return {**study.score(model, "test"), "valid": study.score(model, "valid")}
             study.measured(title, f"{k:,} {kind} {depth}+{depth}", seed, score)
 

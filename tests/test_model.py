@@ -1188,7 +1188,8 @@ def test_a_bug_keeps_its_traceback(capsys):
 
 def test_developers_see_the_traceback_of_every_error():
     line = "import model; model.command_line(lambda argv: int('x'))([])"
-    run = subprocess.run([sys.executable, "-X", "dev", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-X", "dev", "-c", line], cwd=ROOT, capture_output=True, text=True,
+                         timeout=60)
     assert "Traceback" in run.stderr and "invalid literal" in run.stderr and run.returncode == 1
 
 
