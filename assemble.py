@@ -399,7 +399,8 @@ def print_frontier(teacher, bank, damage, speed, params):
     best = [(e, d, *candidates(teacher, bank, damage, lambda *depths: depths == (e, d), 1)[0])
             for e in depths(teacher.depths["encoder"], bank.spans["encoder"])
             for d in depths(teacher.depths["decoder"], bank.spans["decoder"])]
-    print(f"{assemblies(teacher, bank):,} assemblies; worth choosing, by estimated damage in nats a token:\n\n"
+    print(f"{assemblies(teacher, bank):,} assemblies; worth choosing, by estimated damage in nats a token over "
+          "the teacher's layers in the bank's frame:\n\n"
           "| layers | ratio | parameters | predicted speed-up | damage | encoder | decoder |\n"
           "|---|---:|---:|---:|---:|---|---|")
     least, rows = math.inf, []
