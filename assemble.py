@@ -318,6 +318,8 @@ def main(argv):
     if args.out:
         export(model.cpu(), args.run / "spiece.model", args.out)
         print(f"written to  {args.out}")
+        if (args.run / "args.json").exists() and (prefix := read_json(args.run / "args.json").get("prefix")):
+            print(f"note: it was trained with {prefix!r} before every source")
         if layers[0] < layers[1]:
             print("note: transformers 5.23 sizes its generation cache by the encoder's layers and fails on a T5 with "
                   "fewer encoder than decoder layers: pass use_cache=False to its generate")

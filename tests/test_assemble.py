@@ -636,6 +636,15 @@ def test_a_good_run(run_folder, tmp_path):
     assert data.Tokenizer(out).encode("a b") == data.Tokenizer(run_folder).encode("a b"), "with the run's tokenizer"
 
 
+@pytest.mark.parametrize("prefix, told", (("", False), ("summarize: ", True)))
+def test_a_prefix_is_remembered(run_folder, tmp_path, capsys, quick, prefix, told):
+    shutil.copytree(run_folder, tmp_path / "run")
+    m.write_json({"prefix": prefix}, tmp_path / "run" / "args.json")
+    line = (tmp_path / "run", "--ratio", "2", "--strategy", "size-first", "--out", tmp_path / "small")
+    status, out, _ = command(capsys, *line)
+    assert status == 0 and ("trained with 'summarize: '" in out) == told, "a model wants the prefix it was trained with"
+
+
 @pytest.mark.parametrize("options, layers, note", (
     (["--ratio", "2", "--strategy", "speed-first"], "3+2 of", False),
     (["--encoder", "1,1,2", "--decoder", "3,1,2"], "3+3 of", False),

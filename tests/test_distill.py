@@ -380,7 +380,7 @@ def test_each_granularity_has_its_rows_of_every_batch(monkeypatch, granularities
         seen.append((sorted(source[:, 0].tolist()), *(own.pop() for own in lengths)))
         return {"ce": torch.tensor(float(len(seen)), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
-    records, steps = [], 60
+    records, steps = [], 24
     d.train_modules(teacher, bank, [(ids, ids)] * steps, steps, lr=1e-2, rate_start=1.0, weights=weights,
                     log=records.append)
     # 1, the teacher's own layers, for the frame's sake; without distillation only where there is no module
