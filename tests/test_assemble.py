@@ -494,7 +494,7 @@ def test_search_keeps_the_budget(run_folder, tmp_path, capsys, monkeypatch, opti
 
 
 def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
-    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 1.0 + model.depths["encoder"]
+    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 1.0 + 2.0 * model.depths["encoder"]
                         + 3.0 * model.depths["decoder"])
     status, out, error = command(capsys, run_folder, "--list")
     assert (status, error) == (0, "")
@@ -507,15 +507,34 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
     least = {(e, d): a.candidates(teacher, bank, damage, lambda *shape: shape == (e, d), 1)[0][0]
              for e in a.depths(4, bank.spans["encoder"]) for d in a.depths(6, bank.spans["decoder"])}
     worth = [f"{e}+{d}" for (e, d), estimate in least.items() if not any(
-        (x + 3 * y, other) < (e + 3 * d, estimate) and other <= estimate for (x, y), other in least.items())]
+        (2 * x + 3 * y, other) < (2 * e + 3 * d, estimate) and other <= estimate for (x, y), other in least.items())]
     assert sorted(row[0] for row in rows) == sorted(worth), "every depth that no other beats in speed and damage, once"
     for layers, ratio, size, speed, _, encoder, decoder in rows:
         e, d = map(int, layers.split("+"))
         assert (len(encoder.split(",")), len(decoder.split(","))) == (e, d) and ratio == f"{10 / (e + d):.2f}x"
-        assert float(speed.rstrip("x")) == pytest.approx(23 / (1 + e + 3 * d), abs=0.006), "by the time of layers"
+        assert float(speed.rstrip("x")) == pytest.approx(27 / (1 + 2 * e + 3 * d), abs=0.006), "by the time of layers"
         paths = {stack: mod.path_of(map(int, lengths.split(",")))
                  for stack, lengths in zip(mod.STACKS, (encoder, decoder))}
         assert size == f"{a.parameters(a.assemble(teacher, bank, paths)):,}", "the parameters of that very assembly"
+
+
+def test_list_has_no_slower_assembly_of_equal_damage(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 1.0 + sum(model.depths.values()))
+    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: {
+        stack: dict.fromkeys(bank.spans[stack], 0.0) for stack in mod.STACKS})
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / "damage.json").unlink(missing_ok=True)
+    out = command(capsys, folder, "--list")[1]
+    assert [line.split()[1] for line in out.splitlines()[4:]] == ["1+2"], "if no module does damage, the fastest is best"
+
+
+def test_params_may_be_just_reached(run_folder, capsys, quick):
+    teacher = m.load_t5(run_folder / "teacher")
+    least = a.parameters(teacher) - 3 * a.parameters(teacher.encoder.layers[0]) \
+        - 4 * a.parameters(teacher.decoder.layers[0])
+    status, out, _ = command(capsys, run_folder, "--params", least)
+    assert status == 0 and "1+2 of 4+6" in out, "at most so many parameters: the smallest assembly has exactly these"
+    assert command(capsys, run_folder, "--params", least - 1)[0] == 2
 
 
 def test_a_run_without_validation_pairs(run_folder, tmp_path, capsys):

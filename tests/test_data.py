@@ -169,6 +169,11 @@ def test_toy_sizes_and_splits():
     assert all(source and target for source, target in train), "no empty sentence"
 
 
+def test_toy_splits_are_as_long_as_asked_for():
+    for seed in range(40):
+        assert list(map(len, data.toy_splits(seed, 30, 3, seed))) == [30, 3, seed], "whatever falls into the last group"
+
+
 def test_toy_means_what_it_says():
     """Read a target back by itself: words in the order who, act, thing, place, particles that agree."""
     lexicons = list(data.TOY_WORDS.values())

@@ -295,6 +295,17 @@ def test_a_student_identical_to_the_teacher_has_no_distillation_loss(names):
     assert all(other[name].item() > 1e-3 for name in names), "another model must have a loss, or 0 says nothing"
 
 
+def test_validation_loss_is_the_mean_over_all_tokens():
+    model = tiny()
+    batches = [(SOURCE[:2], TARGET[:2]), (SOURCE[2:], TARGET[2:])]  # of unlike numbers of tokens
+    counts = [(target != 0).sum().item() for _, target in batches]
+    terms = [d.losses(model, *batch, d.CE_ONLY)["ce"].item() for batch in batches]
+    expected = sum(n * ce for n, ce in zip(counts, terms)) / sum(counts)
+    assert counts[0] != counts[1] and d.validation_loss(model, batches) == pytest.approx(expected, rel=1e-6)
+    assert d.validation_loss(model, batches) == pytest.approx(
+        d.losses(model, SOURCE, TARGET, d.CE_ONLY)["ce"].item(), rel=1e-4), "however the pairs are put into batches"
+
+
 def test_no_gradient_reaches_the_teacher_through_its_targets():
     teacher, student = tiny(), tiny(2, 3, seed=5)
     paths = {"encoder": d.spread(4, 2), "decoder": d.spread(6, 3)}
@@ -966,6 +977,10 @@ def test_log_of_every_percent():
           toy_batches(1) * 250, 250, seed=0, weights={"ce": 1.0, "hidden": 2.0}, lr=1e-3, name="stage",
           log=records.append)
     assert [record["step"] for record in records] == [1, *range(2, 251, 2)], "the first step, then every 1 %"
+    more = []
+    d.fit(tiny(1, 1), lambda step, source, target: ({"ce": ce}, {}), toy_batches(1) * 200, 200, seed=0,
+          weights=d.CE_ONLY, lr=1e-3, log=more.append)
+    assert [record["step"] for record in more] == [1, *range(2, 201, 2)], "200 steps: every other one"
     for name, value in {"stage": "stage", "steps": 250, "loss": 3.5, "ce": 3.0, "hidden": 0.25, "ce_weighted": 3.0,
                         "hidden_weighted": 0.5, "rate": 0.5}.items():
         assert records[0][name] == value, f"{name} must be logged as {value}: terms raw and weighted"

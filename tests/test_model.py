@@ -213,6 +213,19 @@ def test_dropout_rate_and_mean():
     assert m.dropout(x, 0.1, training=False) is x and m.dropout(x, 0.0, training=True) is x, "nothing to drop here"
 
 
+def test_training_on_the_cpu_takes_the_plain_product(monkeypatch):
+    """The fused kernel's backward pass is slow there; generation takes it."""
+    model, x = tiny(), padded([[5, 6, 7, 1]])
+    calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: (
+        calls.append(1) or fused(*args, **options)))
+    model(x, x)
+    assert not calls, "with gradients the plain product is 1.4x as fast"
+    with torch.no_grad():
+        model(x, x)
+    assert calls, "without them the fused kernel is faster"
+
+
 def test_dropout_of_nearly_all():
     out = m.dropout(torch.ones(100_000), 0.9999, training=True)  # rounded to 255/256, not to 1: the scale is finite
     assert set(out.unique().tolist()) == {0.0, 256.0} and 0 < (out > 0).float().mean() < 0.01
@@ -504,6 +517,13 @@ def test_generate_can_be_trained_on():
     assert model.embedding.weight.grad is not None, "pseudo-labels are trained on"
 
 
+def test_one_sentence_goes_on_when_the_other_has_ended(monkeypatch):
+    model, steps = tiny(), [[1, 5], [6], [7], [1]]  # the argmax of each step, of the rows that still run
+    monkeypatch.setattr(m.T5, "logits", lambda self, hidden: F.one_hot(torch.tensor(steps.pop(0)), 40).float())
+    found = model.generate(padded([[5, 6, 1], [7, 8, 1]]), 9).tolist()
+    assert found == [[1, 0, 0, 0], [5, 6, 7, 1]] and not steps, "all end when the last has ended, and no sooner"
+
+
 def test_greedy_and_64_tokens_by_default(text_folder, capsys, monkeypatch):
     model = follow(tiny(decoder_start_token_id=2), {2: {3: 0.6, 4: 0.4}, 3: {3: 0.5, 5: 0.4}, 4: {4: 1.0}})
     assert model.generate(padded([[5, 1]])).tolist() == [[3] * 64], "the likeliest word each time, not the best 64"
@@ -564,6 +584,7 @@ def test_round_trip(name, tmp_path):
     layers = (config["num_layers"], config["num_decoder_layers"])
     assert layers == ((2, 3) if name == "t5_asymmetric" else (2, 2)), "write both counts: readers assume them equal"
     assert config["tie_word_embeddings"] is (name != "t5_gated") and config["model_type"] == "t5"
+    assert config["is_encoder_decoder"] is True and config["architectures"] == ["T5ForConditionalGeneration"]
     generation = json.loads((tmp_path / "new" / "folder" / "generation_config.json").read_text(encoding="utf-8"))
     assert generation["decoder_start_token_id"] == (5 if name == "t5_asymmetric" else 0), "generation needs its start"
 

@@ -66,6 +66,17 @@ def finished(files, tmp_path_factory):
     return out
 
 
+def test_without_a_terminal_progress_is_lines(finished, files, tmp_path, capsys):
+    shutil.copytree(finished / "teacher", tmp_path / "run" / "teacher")
+    for name in ("args.json", "spiece.model"):
+        shutil.copyfile(finished / name, tmp_path / "run" / name)
+    settings = json.loads((finished / "args.json").read_text(encoding="utf-8"))
+    (tmp_path / "run" / "args.json").write_text(json.dumps({**settings, "baselines": ""}))
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("bank: step 1 of 4, loss") for line in lines), "no progress bar there: a line instead"
+
+
 def test_run_folder_is_complete(finished):
     for name in ("args.json", "log.jsonl", "spiece.model", "valid.safetensors", "teacher/model.safetensors",
                  "bank.safetensors", "results.json", "frontier.svg", "baselines/kd-3+2/config.json"):
@@ -268,6 +279,8 @@ def test_frontier_by_hand():
     labels = [e.text for e in root.iter() if e.tag.endswith("text")]
     for i in range(6):
         assert f"{0.8 + 0.48 * i:.1f}x" in labels and f"{8 + 4.8 * i:.1f}" in labels, "six marks on each axis"
+    marks = [(e.text, float(e.get("y"))) for e in root.iter() if e.tag.endswith("text") and e.get("x") == "54"]
+    assert marks == [(f"{8 + 4.8 * i:.1f}", 324 - 60 * i) for i in range(6)], "the marks of quality, from 320 up to 20"
     one = ElementTree.fromstring(train.frontier({"teacher": POINTS["teacher"]}, "exact"))
     points = [(c.get("cx"), c.get("cy")) for c in one.iter() if c.tag.endswith("circle")]
     assert points == [("320.0", "170.0")], "a single point is in the middle"
@@ -365,6 +378,17 @@ def test_pseudo_labels_by_hand(monkeypatch):
                           Namespace(max_length=3, batch_tokens=100, seed=0))
     assert found.examples == [([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
         "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
+
+
+@pytest.mark.parametrize("kind, relabelled", (("pseudo", True), ("sft", False), ("kd", False)))
+def test_pseudo_labels_alone_are_the_teachers(monkeypatch, kind, relabelled):
+    seen = []
+    monkeypatch.setattr(train, "relabel", lambda teacher, batches, args: "the teacher's outputs")
+    monkeypatch.setattr(train, "train_student", lambda student, batches, *_, **__: seen.append(batches))
+    teacher = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=2,
+                                      num_decoder_layers=2))
+    train.train_baseline(kind, 1, 1, teacher, "the pairs", Namespace(steps=1, lr=0.1), kind, {}, lambda model: 1.0)
+    assert seen == ["the teacher's outputs" if relabelled else "the pairs"]
 
 
 def test_the_others_wait_for_the_first_and_end_when_it_fails(monkeypatch):
