@@ -525,7 +525,18 @@ def test_list_has_no_slower_assembly_of_equal_damage(run_folder, tmp_path, capsy
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "damage.json").unlink(missing_ok=True)
     out = command(capsys, folder, "--list")[1]
-    assert [line.split()[1] for line in out.splitlines()[4:]] == ["1+2"], "if no module does damage, the fastest is best"
+    shapes = [line.split()[1] for line in out.splitlines()[4:]]
+    assert shapes == ["1+2"], "if no module does damage, the fastest is best"
+
+
+def test_speedup_may_be_just_reached(run_folder, tmp_path, capsys, quick, monkeypatch):
+    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: {
+        stack: dict.fromkeys(bank.spans[stack], 1.0) for stack in mod.STACKS})
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / "damage.json").unlink(missing_ok=True)
+    monkeypatch.setattr(a, "search", lambda teacher, bank, damage, allowed, batches: a.candidates(
+        teacher, bank, damage, allowed, 1)[0][1])
+    assert "4+6 of 4+6" in command(capsys, folder, "--speedup", "1")[1], "the teacher is as fast as the teacher"
 
 
 def test_params_may_be_just_reached(run_folder, capsys, quick):

@@ -226,6 +226,14 @@ def test_training_on_the_cpu_takes_the_plain_product(monkeypatch):
     assert calls, "without them the fused kernel is faster"
 
 
+def test_a_layer_gives_probabilities_only_when_asked():
+    model, x = tiny(), torch.ones(1, 3, 16)
+    bias = torch.zeros(1, 1, 3, 3)
+    assert model.encoder.layers[0](x, bias)[1] == (None,)
+    assert model.decoder.layers[0](x, bias, x, bias)[1] == (None, None)
+    assert all(probs is not None for probs in model.decoder.layers[0](x, bias, x, bias, True)[1])
+
+
 def test_dropout_of_nearly_all():
     out = m.dropout(torch.ones(100_000), 0.9999, training=True)  # rounded to 255/256, not to 1: the scale is finite
     assert set(out.unique().tolist()) == {0.0, 256.0} and 0 < (out > 0).float().mean() < 0.01

@@ -384,11 +384,13 @@ def test_pseudo_labels_by_hand(monkeypatch):
 def test_pseudo_labels_alone_are_the_teachers(monkeypatch, kind, relabelled):
     seen = []
     monkeypatch.setattr(train, "relabel", lambda teacher, batches, args: "the teacher's outputs")
-    monkeypatch.setattr(train, "train_student", lambda student, batches, *_, **__: seen.append(batches))
+    monkeypatch.setattr(train, "train_student", lambda student, batches, steps, teacher, **_: seen.append(
+        (batches, teacher)))
     teacher = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=2,
                                       num_decoder_layers=2))
     train.train_baseline(kind, 1, 1, teacher, "the pairs", Namespace(steps=1, lr=0.1), kind, {}, lambda model: 1.0)
-    assert seen == ["the teacher's outputs" if relabelled else "the pairs"]
+    assert seen == [("the teacher's outputs" if relabelled else "the pairs", teacher if kind == "kd" else None)], \
+        "KD alone has the teacher in its loss"
 
 
 def test_the_others_wait_for_the_first_and_end_when_it_fails(monkeypatch):
