@@ -8,8 +8,9 @@
     python assemble.py RUN --encoder 2,2,2,2,2,2 --decoder 6,6         # these spans, in order
     pytest tests/test_assemble.py
 
-A bank of a 12+12 teacher makes 85,264 models. The search measures each module's damage once, on a few hundred
-validation pairs, adds damages up along a path, and finds the best paths of every depth by dynamic programming.
+A bank of a 12+12 teacher makes 85,264 models. The search measures once, on a few hundred validation pairs, the damage of
+each module, adds damages up along a path, and finds the best paths of every depth by dynamic programming; and the damage
+of each even path, of modules as alike as can be. It scores the best of both kinds for real.
 """
 import math
 import os
@@ -123,29 +124,38 @@ def load_batches(path):
 
 
 def damages(teacher, bank, batches):
-    """{"encoder": {span: damage}, "decoder": ...}: by how many nats a token the validation loss of the teacher's
-    layers, in the bank's frame, rises when this module alone replaces some."""
+    """{"encoder": {span: damage}, "decoder": ..., "even": {"encoder": {depth: damage}, "decoder": ...}}: by how many nats
+    a token the validation loss of the teacher's layers, in the bank's frame, rises when this module alone replaces some;
+    and when the most even path of a depth (`path_of_depth`) replaces the whole stack."""
     whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
-    result = {stack: {} for stack in STACKS}
-    base = validation_loss(bank.frame, batches, bank.layers(teacher, whole))
+
+    def loss(paths):
+        """Nats a token."""
+        return validation_loss(bank.frame, batches, bank.layers(teacher, paths))
+    base, result = loss(whole), {"even": {}}
     for stack in STACKS:
-        for start, stop in tqdm(bank.spans[stack], desc=f"{stack} modules", leave=False, disable=None):
-            path = whole[stack][:start] + [(start, stop)] + whole[stack][stop:]
-            layers = bank.layers(teacher, {**whole, stack: path})
-            result[stack][start, stop] = validation_loss(bank.frame, batches, layers) - base
+        n, spans, own = teacher.depths[stack], bank.spans[stack], whole[stack]
+        show = dict(desc=f"{stack} modules and paths", leave=False, disable=None)
+        result[stack] = {(start, stop): loss({**whole, stack: [*own[:start], (start, stop), *own[stop:]]}) - base
+                         for start, stop in tqdm(spans, **show)}
+        result["even"][stack] = {depth: loss({**whole, stack: path_of_depth(n, spans, depth)}) - base
+                                 for depth in tqdm(depths(n, spans), **show)}
     return result
 
 
 def read_damages(run, teacher, bank, batches):
-    """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, ...}, "decoder": ...}, which is written on first use.
-    Raises ValueError naming the file if it does not fit the bank."""
+    """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, ...}, "decoder": ..., "even": ...}, which is written on
+    first use. Raises ValueError naming the file if it does not fit the bank."""
     file = run / "damage.json"
     if not file.exists():
-        write_json({stack: {f"{a}-{b}": damage for (a, b), damage in spans.items()}
-                    for stack, spans in damages(teacher, bank, batches).items()}, file)
+        found = damages(teacher, bank, batches)
+        write_json({**{stack: {f"{a}-{b}": damage for (a, b), damage in found[stack].items()} for stack in STACKS},
+                    "even": found["even"]}, file)
     stored = read_json(file)
     try:
-        return {stack: {(a, b): float(stored[stack][f"{a}-{b}"]) for a, b in bank.spans[stack]} for stack in STACKS}
+        return {**{stack: {(a, b): float(stored[stack][f"{a}-{b}"]) for a, b in bank.spans[stack]} for stack in STACKS},
+                "even": {stack: {depth: float(stored["even"][stack][str(depth)])
+                                 for depth in depths(teacher.depths[stack], bank.spans[stack])} for stack in STACKS}}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
 
@@ -194,11 +204,23 @@ def candidates(teacher, bank, damage, allowed, k):
     return sorted(pairs, key=lambda pair: pair[0])[:k]
 
 
-def search(teacher, bank, damage, allowed, batches, k=8):
-    """The best assembly under a budget: of the k with the least estimated damage, the one with the least validation
-    loss; None if no depths are allowed."""
-    return min((paths for _, paths in candidates(teacher, bank, damage, allowed, k)), default=None,
-               key=lambda paths: validation_loss(frame_of(teacher, bank, paths), batches, bank.layers(teacher, paths)))
+def even_candidates(teacher, bank, damage, allowed, k):
+    """The same of assemblies of the most even paths alone, each of which was measured as a whole: modules of one length
+    were trained together, and do better side by side than the sum of their damages says."""
+    even = damage["even"]
+    shapes = sorted((even["encoder"][e] + even["decoder"][d], e, d)
+                    for e in even["encoder"] for d in even["decoder"] if allowed(e, d))[:k]
+    return [(estimate, {stack: path_of_depth(teacher.depths[stack], bank.spans[stack], depth)
+                        for stack, depth in zip(STACKS, shape)}) for estimate, *shape in shapes]
+
+
+def search(teacher, bank, damage, allowed, batches, k=4):
+    """The best assembly under a budget: of the k of all assemblies and the k of even ones with the least estimated
+    damage, that with the least validation loss; None if no depths are allowed."""
+    found = [paths for estimate in (candidates, even_candidates)
+             for _, paths in estimate(teacher, bank, damage, allowed, k)]
+    return min(found, default=None, key=lambda paths: validation_loss(
+        frame_of(teacher, bank, paths), batches, bank.layers(teacher, paths)))
 
 
 # ---- building, measuring, writing
@@ -397,10 +419,9 @@ def assemblies(teacher, bank):
 
 
 def print_frontier(teacher, bank, damage, speed, params):
-    """Every depth that no faster one beats: a Markdown table, from the teacher to the smallest."""
-    best = [(e, d, *candidates(teacher, bank, damage, lambda *depths: depths == (e, d), 1)[0])
-            for e in depths(teacher.depths["encoder"], bank.spans["encoder"])
-            for d in depths(teacher.depths["decoder"], bank.spans["decoder"])]
+    """Every depth that no faster one beats, of even paths: a Markdown table, from the teacher to the smallest."""
+    best = [(len(paths["encoder"]), len(paths["decoder"]), estimate, paths)
+            for estimate, paths in even_candidates(teacher, bank, damage, lambda e, d: True, k=None)]
     print(f"{assemblies(teacher, bank):,} assemblies; worth choosing, by estimated damage in nats a token over "
           "the teacher's layers in the bank's frame:\n\n"
           "| layers | ratio | parameters | predicted speed-up | damage | encoder | decoder |\n"

@@ -392,8 +392,16 @@ def test_damage_is_the_rise_of_the_loss_for_one_module():
     bank = make_bank(teacher)
     found, whole = a.damages(teacher, bank, BATCHES), {s: list(getattr(teacher, s).layers) for s in mod.STACKS}
     base = distill.validation_loss(mod.with_layers(bank.frame, whole), BATCHES)
-    assert {stack: sorted(spans) for stack, spans in found.items()} == \
+    assert {stack: sorted(found[stack]) for stack in mod.STACKS} == \
         {stack: sorted(bank.spans[stack]) for stack in mod.STACKS}, "every module is measured"
+    for stack in mod.STACKS:
+        n, spans = teacher.depths[stack], bank.spans[stack]
+        assert list(found["even"][stack]) == a.depths(n, spans) and found["even"][stack][n] == 0.0, "and every depth"
+        for depth, rise in found["even"][stack].items():
+            paths = {s: mod.path_of([1] * teacher.depths[s]) for s in mod.STACKS}
+            paths[stack] = a.path_of_depth(n, spans, depth)
+            loss = distill.validation_loss(bank.frame, BATCHES, bank.layers(teacher, paths))
+            assert rise == pytest.approx(loss - base, abs=1e-6), f"{stack}, {depth} layers: the most even path"
     for stack, (start, stop) in (("encoder", (2, 4)), ("decoder", (0, 3)), ("decoder", (4, 6))):
         lengths = {s: [1] * teacher.depths[s] for s in mod.STACKS}
         lengths[stack][start:stop] = [stop - start]
@@ -444,6 +452,13 @@ def test_layer_seconds_of_single_layers(monkeypatch):
     assert sum(a.layer_seconds(tiny(1, 1), None)) == pytest.approx(2.0), "one depth alone tells the sum"
 
 
+def no_damage(teacher, bank, damage=0.0):
+    """What `damages` would give if every module and every even path of modules did this damage."""
+    return {**{stack: dict.fromkeys(bank.spans[stack], damage) for stack in mod.STACKS},
+            "even": {stack: {depth: damage * (depth < teacher.depths[stack])
+                             for depth in a.depths(teacher.depths[stack], bank.spans[stack])} for stack in mod.STACKS}}
+
+
 def test_candidates_are_the_best_of_all_assemblies():
     teacher, rng = tiny(), random.Random(0)
     bank = make_bank(teacher)
@@ -461,7 +476,7 @@ def test_candidates_are_the_best_of_all_assemblies():
 def test_search_scores_the_candidates_for_real(monkeypatch):
     teacher = tiny()
     bank = make_bank(teacher)
-    damage = {stack: dict.fromkeys(bank.spans[stack], 0.0) for stack in mod.STACKS}  # an estimate that knows nothing
+    damage = no_damage(teacher, bank)  # an estimate that knows nothing
     found = a.search(teacher, bank, damage, lambda e, d: e + d <= 5, BATCHES, k=1000)
     loss = {str(paths): distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
             for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 5, 1000)}
@@ -469,12 +484,40 @@ def test_search_scores_the_candidates_for_real(monkeypatch):
     scored = []
     monkeypatch.setattr(a, "validation_loss", lambda model, batches, layers: scored.append(model) or len(scored))
     a.search(teacher, bank, damage, lambda e, d: e + d >= 9, BATCHES, k=1000)
-    assert scored.count(teacher) == 1 and set(scored) == {teacher, bank.frame}, \
+    assert scored.count(teacher) == 2 and set(scored) == {teacher, bank.frame}, \
         "what is scored is what would be built: without a module the teacher in its own frame, else the bank's"
     monkeypatch.undo()
     assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within this budget"
-    monkeypatch.setattr(a, "candidates", lambda *options: [] if options[-1] == 8 else None)
-    assert a.search(teacher, bank, damage, lambda e, d: True, BATCHES) is None, "eight are scored by default"
+    for name in ("candidates", "even_candidates"):
+        monkeypatch.setattr(a, name, lambda *options: [] if options[-1] == 4 else None)
+    assert a.search(teacher, bank, damage, lambda e, d: True, BATCHES) is None, "four of each kind by default"
+
+
+def test_even_candidates_by_hand():
+    teacher = tiny()
+    bank, budget = make_bank(teacher), lambda e, d: e + 2 * d <= 9
+    damage = {"even": {"encoder": {1: 0.5, 2: 0.1, 3: 0.2, 4: 0.0}, "decoder": {2: 0.4, 3: 0.1, 4: 0.3, 5: 0.0, 6: 0.0}}}
+    found = a.even_candidates(teacher, bank, damage, budget, 3)
+    assert [(round(estimate, 6), len(paths["encoder"]), len(paths["decoder"])) for estimate, paths in found] == \
+        [(0.2, 2, 3), (0.3, 3, 3), (0.4, 4, 2)], "the least sums of both stacks' damages within the budget"
+    assert found[0][1] == {"encoder": [(0, 2), (2, 4)], "decoder": [(0, 2), (2, 4), (4, 6)]}, "the most even paths"
+
+
+def test_search_finds_what_the_sum_of_damages_misses():
+    """Modules of one length do better together than one by one: an even path is measured as a whole."""
+    teacher = tiny()
+    bank = make_bank(teacher)
+    damage = no_damage(teacher, bank)
+    for stack in mod.STACKS:
+        damage[stack] = dict.fromkeys(bank.spans[stack], -1.0)
+        for span in bank.spans[stack]:
+            damage[stack][span] -= 0.01 * (span[1] - span[0] > 2)  # by the sum, unlike modules are the best
+    losses = {}
+    for estimate in (a.candidates, a.even_candidates):
+        for _, paths in estimate(teacher, bank, damage, lambda e, d: (e, d) == (2, 3), 1):
+            losses[str(paths)] = distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
+    found = a.search(teacher, bank, damage, lambda e, d: (e, d) == (2, 3), BATCHES, k=1)
+    assert losses[str(found)] == min(losses.values()), "both kinds of candidates are scored"
 
 
 @pytest.mark.parametrize("options, within", (
@@ -504,7 +547,7 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
     teacher = m.load_t5(run_folder / "teacher")
     bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
     damage = a.read_damages(run_folder, teacher, bank, None)  # stored by the command
-    least = {(e, d): a.candidates(teacher, bank, damage, lambda *shape: shape == (e, d), 1)[0][0]
+    least = {(e, d): damage["even"]["encoder"][e] + damage["even"]["decoder"][d]
              for e in a.depths(4, bank.spans["encoder"]) for d in a.depths(6, bank.spans["decoder"])}
     worth = [f"{e}+{d}" for (e, d), estimate in least.items() if not any(
         (2 * x + 3 * y, other) < (2 * e + 3 * d, estimate) and other <= estimate for (x, y), other in least.items())]
@@ -520,8 +563,7 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
 
 def test_list_has_no_slower_assembly_of_equal_damage(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 1.0 + sum(model.depths.values()))
-    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: {
-        stack: dict.fromkeys(bank.spans[stack], 0.0) for stack in mod.STACKS})
+    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: no_damage(teacher, bank))
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "damage.json").unlink(missing_ok=True)
     out = command(capsys, folder, "--list")[1]
@@ -530,8 +572,7 @@ def test_list_has_no_slower_assembly_of_equal_damage(run_folder, tmp_path, capsy
 
 
 def test_speedup_may_be_just_reached(run_folder, tmp_path, capsys, quick, monkeypatch):
-    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: {
-        stack: dict.fromkeys(bank.spans[stack], 1.0) for stack in mod.STACKS})
+    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: no_damage(teacher, bank, 1.0))
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "damage.json").unlink(missing_ok=True)
     monkeypatch.setattr(a, "search", lambda teacher, bank, damage, allowed, batches: a.candidates(
