@@ -8,9 +8,9 @@
     python assemble.py RUN --encoder 2,2,2,2,2,2 --decoder 6,6         # these spans, in order
     pytest tests/test_assemble.py
 
-A bank of a 12+12 teacher makes 85,264 models. The search measures once, on a few hundred validation pairs, the damage of
-each module, adds damages up along a path, and finds the best paths of every depth by dynamic programming; and the damage
-of each even path, of modules as alike as can be. It scores the best of both kinds for real.
+A bank of a 12+12 teacher makes 85,264 models. The search measures once, on a few hundred validation pairs, the damage
+of each module, adds damages up along a path, and finds the best paths of every depth by dynamic programming; and the
+damage of each even path, of modules as alike as can be. It scores the best of both kinds for real.
 """
 import math
 import os
@@ -124,9 +124,9 @@ def load_batches(path):
 
 
 def damages(teacher, bank, batches):
-    """{"encoder": {span: damage}, "decoder": ..., "even": {"encoder": {depth: damage}, "decoder": ...}}: by how many nats
-    a token the validation loss of the teacher's layers, in the bank's frame, rises when this module alone replaces some;
-    and when the most even path of a depth (`path_of_depth`) replaces the whole stack."""
+    """By how many nats a token the validation loss of the teacher's layers, in the bank's frame, rises when one module
+    alone replaces some, {"encoder": {span: damage}, "decoder": ...}, and when the most even path of a depth (see
+    `path_of_depth`) replaces a whole stack, "even": {"encoder": {depth: damage}, "decoder": ...}."""
     whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
 
     def loss(paths):
@@ -144,8 +144,8 @@ def damages(teacher, bank, batches):
 
 
 def read_damages(run, teacher, bank, batches):
-    """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, ...}, "decoder": ..., "even": ...}, which is written on
-    first use. Raises ValueError naming the file if it does not fit the bank."""
+    """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, ...}, "decoder": ..., "even": ...}, which is written
+    on first use. Raises ValueError naming the file if it does not fit the bank."""
     file = run / "damage.json"
     if not file.exists():
         found = damages(teacher, bank, batches)
