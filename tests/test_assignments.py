@@ -203,7 +203,7 @@ EXERCISES = {
             Wrong("the encoder's granularities with equal chances", 'weights=list(grains["encoder"])', "weights=None",
                   "in proportion to it"),
             Wrong("the same draw in every step", 'random.Random(f"{seed} {step}")', "random.Random(seed)",
-                  "draws")]),
+                  "anew")]),
     "11 choosing an assembly": Exercise(
         "assemble.py", {"best_paths": "its k cheapest paths", "choose_depths": "shrinks both stacks by the same share"},
         "tests/test_assemble.py -k 'best_paths or path_of_depth or choose_depths'", [
