@@ -95,11 +95,16 @@ def choose_depths(ratio, strategy, encoder, decoder):
     raise ValueError(f"--strategy {strategy}: not one of {', '.join(STRATEGIES)}")
 
 
+def even_paths(teacher, bank, encoder, decoder):
+    """The assembly {"encoder": path, "decoder": path} of these depths whose spans are most alike: `path_of_depth`."""
+    return {stack: path_of_depth(teacher.depths[stack], bank.spans[stack], depth)
+            for stack, depth in zip(STACKS, (encoder, decoder))}
+
+
 def choose(bank, teacher, ratio, strategy):
-    """The assembly {"encoder": path, "decoder": path} of a ratio under a strategy. Raises as `choose_depths`."""
-    n = teacher.depths
-    pair = choose_depths(ratio, strategy, *(depths(n[stack], bank.spans[stack]) for stack in STACKS))
-    return {stack: path_of_depth(n[stack], bank.spans[stack], d) for stack, d in zip(STACKS, pair)}
+    """The assembly of a ratio under a strategy. Raises as `choose_depths`."""
+    possible = (depths(teacher.depths[stack], bank.spans[stack]) for stack in STACKS)
+    return even_paths(teacher, bank, *choose_depths(ratio, strategy, *possible))
 
 
 # ---- searching
@@ -210,8 +215,7 @@ def even_candidates(teacher, bank, damage, allowed, k):
     even = damage["even"]
     shapes = sorted((even["encoder"][e] + even["decoder"][d], e, d)
                     for e in even["encoder"] for d in even["decoder"] if allowed(e, d))[:k]
-    return [(estimate, {stack: path_of_depth(teacher.depths[stack], bank.spans[stack], depth)
-                        for stack, depth in zip(STACKS, shape)}) for estimate, *shape in shapes]
+    return [(estimate, even_paths(teacher, bank, e, d)) for estimate, e, d in shapes]
 
 
 def search(teacher, bank, damage, allowed, batches, k=4):

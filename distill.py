@@ -191,11 +191,12 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
         theirs = run_teacher(teacher, source, target, weights) if distilling else None
         total, rates = {}, {stack: [] for stack in STACKS}
         for g in grains["decoder"]:
-            share = set(rng.sample(range(whole), min(whole, math.ceil(passes * whole * g / sum(grains["decoder"])))))
-            rows = torch.tensor([i for i, row in enumerate(range(rank, whole, world)) if row in share],
-                                dtype=torch.long, device=source.device)
-            other, = rng.choices(list(grains["encoder"]), weights=list(grains["encoder"]))
-            spans = {"encoder": grains["encoder"][other], "decoder": grains["decoder"][g]}
+            count = min(whole, math.ceil(passes * whole * g / sum(grains["decoder"])))
+            share = set(rng.sample(range(whole), count))
+            rows = [i for i, row in enumerate(range(rank, whole, world)) if row in share]  # those of this process
+            rows = torch.tensor(rows, dtype=torch.long, device=source.device)
+            encoder_g = rng.choices(list(grains["encoder"]), weights=list(grains["encoder"]))[0]
+            spans = {"encoder": grains["encoder"][encoder_g], "decoder": grains["decoder"][g]}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
             few = theirs and some_rows(theirs, rows, target != teacher.config.pad_token_id)
             terms = losses(bank.frame, source[rows], target[rows], weights, few, bank.layers(teacher, paths), paths)

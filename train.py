@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from assemble import assemble, choose, depths, export, parameters, path_of_depth, save_batches, speedup
+from assemble import assemble, choose, depths, even_paths, export, parameters, save_batches, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
 from distill import CE_ONLY, pick_dtype, shrink, train_modules, train_student, validation_loss
@@ -211,9 +211,7 @@ def main(argv):
 
     score("teacher", teacher)
     for shape in study_shapes(teacher, bank):
-        paths = {stack: path_of_depth(teacher.depths[stack], bank.spans[stack], depth)
-                 for stack, depth in zip(STACKS, shape)}
-        score(f"assembly {shape[0]}+{shape[1]}", assemble(teacher, bank, paths))
+        score(f"assembly {shape[0]}+{shape[1]}", assemble(teacher, bank, even_paths(teacher, bank, *shape)))
     for name, folder in baselines.items():
         score(name, load_t5(folder).to(args.device))
     with new_file(out / "frontier.svg") as f:

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
-from assemble import assemble, depths, export, parameters, path_of_depth, speedup
+from assemble import assemble, depths, even_paths, export, parameters, speedup
 from data import Batches, Tokenizer, encode_pairs
 from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
 from model import Parser, command_line, load_t5, read_json, save_t5, write_json
@@ -178,8 +178,7 @@ class Study:
 
     def assembly(self, bank, encoder, decoder):
         """The most even one of those depths."""
-        return assemble(self.teacher, bank, {stack: path_of_depth(self.teacher.depths[stack], bank.spans[stack], depth)
-                                             for stack, depth in zip(STACKS, (encoder, decoder))})
+        return assemble(self.teacher, bank, even_paths(self.teacher, bank, encoder, decoder))
 
 
 def models(study, seed, students):

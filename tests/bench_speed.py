@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assemble import assemble, bytes_read, export, parameters, path_of_depth, possible_speedup, seconds
+from assemble import assemble, bytes_read, even_paths, export, parameters, possible_speedup, seconds
 from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus, train_tokenizer
 from distill import CE_ONLY, WEIGHTS, losses, shift_right, shrink, train_modules, train_student
 from model import T5, Parser, T5Config, checkpoint_name, command_line, load_t5
@@ -219,7 +219,7 @@ def assembly(device, tokens=32):
     """The speed-up of the smallest assembly over its teacher, batch 1, as a share of what the bytes read allow."""
     teacher = make(BASE, device)
     bank = Bank(teacher)
-    small = assemble(teacher, bank, {s: path_of_depth(12, bank.spans[s], 2) for s in STACKS})
+    small = assemble(teacher, bank, even_paths(teacher, bank, 2, 2))
     source = torch.randint(6, 32000, (1, 16), device=device)
     for dtype in (torch.float32, torch.bfloat16):
         teacher.to(dtype), small.to(dtype)

@@ -496,7 +496,8 @@ def test_search_scores_the_candidates_for_real(monkeypatch):
 def test_even_candidates_by_hand():
     teacher = tiny()
     bank, budget = make_bank(teacher), lambda e, d: e + 2 * d <= 9
-    damage = {"even": {"encoder": {1: 0.5, 2: 0.1, 3: 0.2, 4: 0.0}, "decoder": {2: 0.4, 3: 0.1, 4: 0.3, 5: 0.0, 6: 0.0}}}
+    damage = {"even": {"encoder": {1: 0.5, 2: 0.1, 3: 0.2, 4: 0.0},
+                       "decoder": {2: 0.4, 3: 0.1, 4: 0.3, 5: 0.0, 6: 0.0}}}
     found = a.even_candidates(teacher, bank, damage, budget, 3)
     assert [(round(estimate, 6), len(paths["encoder"]), len(paths["decoder"])) for estimate, paths in found] == \
         [(0.2, 2, 3), (0.3, 3, 3), (0.4, 4, 2)], "the least sums of both stacks' damages within the budget"
