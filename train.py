@@ -6,9 +6,10 @@
     python train.py --resume --out runs/m30k                          # go on after an interruption
     torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
 
-The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/,
-checkpoint.pt while something trains, results.json and frontier.svg; `python assemble.py RUN --ratio 2` makes a model
-of it, and adds damage.json. In log.jsonl the last record of a step counts: after an interruption some come twice.
+The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/ (and
+pseudo.json), checkpoint.pt while something trains, results.json and frontier.svg; `python assemble.py RUN --ratio 2`
+makes a model of it, and adds damage.json. In log.jsonl the last record of a step counts: after an interruption some come
+twice.
 """
 import argparse
 import ctypes
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from assemble import assemble, choose, depths, even_paths, export, parameters, save_batches, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
-from distill import CE_ONLY, pick_dtype, shrink, train_modules, train_student, validation_loss
+from distill import CE_ONLY, pick_dtype, processes, shrink, train_modules, train_student, validation_loss
 from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, read_json,
                    write_json)
 from modules import STACKS, Bank, divisors, load_bank, module_spans, path_of, save_bank
@@ -362,14 +363,17 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
 
 
 def relabel(teacher, batches, args):
-    """The same sources with the teacher's outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947)."""
+    """The same sources with the teacher's outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947), which
+    pseudo.json keeps for the next student. Raises ValueError naming that file if it is of other sources."""
+    file, eos = args.out / "pseudo.json", teacher.config.eos_token_id
     sources = [source for source, _ in batches.examples]
-    shared, eos = [None], teacher.config.eos_token_id
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        shared = [translate(teacher, sources, args, "pseudo-labels")]
-    if dist.is_initialized():  # one process does it for all: a near tie may fall otherwise on another device
-        dist.broadcast_object_list(shared)
-    targets = shared[0]
+    if not file.exists() and processes()[0] == 0:  # one does it for all: a near tie may fall otherwise elsewhere
+        write_json({"targets": translate(teacher, sources, args, "pseudo-labels")}, file)
+    if dist.is_initialized():
+        dist.barrier()
+    targets = read_json(file).get("targets", ())
+    if len(targets) != len(sources):
+        raise ValueError(f"{file}: {len(targets)} targets for {len(sources)} sources: remove it to make it anew")
     targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos] for ids in targets]  # cut: ended here
     return Batches(list(zip(sources, targets)), args.batch_tokens, teacher.config.pad_token_id, args.seed)
 

@@ -370,14 +370,20 @@ def test_outputs_are_in_order_and_without_padding():
         assert ids == [i for i in alone if i != 0], f"{source} is answered with {alone}, whatever stands beside it"
 
 
-def test_pseudo_labels_by_hand(monkeypatch):
-    outputs = [[5, 6, 1], [5, 6, 7], [5, 6], []]
-    monkeypatch.setattr(train, "translate", lambda *_: outputs)
+def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
+    outputs = [[[5, 6, 1], [5, 6, 7], [5, 6], []]]  # once: the second student has them from the run folder
+    monkeypatch.setattr(train, "translate", lambda *_: outputs.pop())
     pairs = [([9 + i, 1], [8, 1]) for i in range(4)]
-    found = train.relabel(Namespace(config=train.T5Config()), train.Batches(pairs, 100, 0, 0),
-                          Namespace(max_length=3, batch_tokens=100, seed=0))
-    assert found.examples == [([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
-        "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
+    args = Namespace(out=tmp_path, max_length=3, batch_tokens=9, seed=0)
+    for k in (4, 4, 3):
+        batches, teacher = train.Batches(pairs[:k], 100, 0, 0), Namespace(config=train.T5Config())
+        if k == 3:
+            with pytest.raises(ValueError, match=r"pseudo.json: 4 targets for 3 sources: remove it"):
+                train.relabel(teacher, batches, args)
+        else:
+            assert train.relabel(teacher, batches, args).examples == [
+                ([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
+                "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
 
 
 @pytest.mark.parametrize("kind, relabelled", (("pseudo", True), ("sft", False), ("kd", False)))
