@@ -4,7 +4,7 @@
     python tests/bench_quality.py RUN                        # everything, seed 0; again: what is not there yet
     python tests/bench_quality.py RUN main --seeds 0 1       # a bank and twelve students a seed, on the test pairs
     python tests/bench_quality.py RUN beam --seeds 0 1       # their scores with four beams
-    python tests/bench_quality.py RUN little --steps 470     # the same, fewer, from 1,000, 3,000 and 10,000 pairs
+    python tests/bench_quality.py RUN little --steps 235     # fewer of them, from 1,000, 3,000, 10,000 and all pairs
     python tests/bench_quality.py RUN ablations --steps 470  # one thing changed at a time, on the validation pairs
     python tests/bench_quality.py RUN speed                  # speed-ups of main's models, when nothing else runs
     python tests/bench_quality.py RUN teacher                # Hugging Face's T5 instead of ours (needs transformers)
@@ -201,7 +201,7 @@ def models(study, seed, students):
 def little_data(study, seed):
     """The teacher has seen all pairs; what compresses it sees a few."""
     steps, (n, _) = study.args.steps, study.teacher.depths.values()
-    for k in LITTLE:
+    for k in (*LITTLE, len(study.pairs["train"])):
         sample = random.Random(seed).sample(study.pairs["train"], k)
         batches = study.batches(study.encode(sample), seed)
         title, rows = f"little {steps}", [(kind, n // ratio) for kind in ("bank", "sft", "kd") for ratio in (2, 6)]
@@ -295,10 +295,12 @@ def table(results, title):
         return "\n".join(lines + [f"| {name} | " + " | ".join(
             "; ".join(f"{r[shape]['loss']:.3f}" + (f", {r[shape]['greedy']:.1f}" if "greedy" in r[shape] else "")
                       for r in own if shape in r) for shape in shapes) + " |" for name, own in rows.items()])
-    columns = [name for name in next(iter(rows.values()))[0] if name not in ("date", "valid")]
+    first = next(iter(rows.values()))[0]
+    columns = [name for name in ("loss", "greedy", "identical", "score", "speedup") if name in first]
     lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(spread([r[column] for r in own]) for column in columns) + " |"
-                              for name, own in rows.items()])
+    return "\n".join(lines + [f"| {name} | " + " | ".join(
+        spread([r[column] for r in own], 3 if column == "loss" else 1) for column in columns) + " |"
+        for name, own in rows.items()])
 
 
 def spread(values, digits=1):
