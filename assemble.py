@@ -60,7 +60,7 @@ def path_of_depth(n, spans, depth):
     return paths[0][1] if paths else None
 
 
-def depths(n, spans):
+def possible_depths(n, spans):
     """The numbers of layers that paths through a stack of n can have, ascending."""
     return list(best_paths(n, spans, lambda span: 0))
 
@@ -103,7 +103,7 @@ def even_paths(teacher, bank, encoder, decoder):
 
 def choose(bank, teacher, ratio, strategy):
     """The assembly of a ratio under a strategy. Raises as `choose_depths`."""
-    possible = (depths(teacher.depths[stack], bank.spans[stack]) for stack in STACKS)
+    possible = (possible_depths(teacher.depths[stack], bank.spans[stack]) for stack in STACKS)
     return even_paths(teacher, bank, *choose_depths(ratio, strategy, *possible))
 
 
@@ -144,7 +144,7 @@ def damages(teacher, bank, batches):
         result[stack] = {(start, stop): loss({**whole, stack: [*own[:start], (start, stop), *own[stop:]]}) - base
                          for start, stop in tqdm(spans, **show)}
         result["even"][stack] = {depth: loss({**whole, stack: path_of_depth(n, spans, depth)}) - base
-                                 for depth in tqdm(depths(n, spans), **show)}
+                                 for depth in tqdm(possible_depths(n, spans), **show)}
     return result
 
 
@@ -158,9 +158,10 @@ def read_damages(run, teacher, bank, batches):
                     "even": found["even"]}, file)
     stored = read_json(file)
     try:
+        even = {stack: {depth: float(stored["even"][stack][str(depth)])
+                        for depth in possible_depths(teacher.depths[stack], bank.spans[stack])} for stack in STACKS}
         return {**{stack: {(a, b): float(stored[stack][f"{a}-{b}"]) for a, b in bank.spans[stack]} for stack in STACKS},
-                "even": {stack: {depth: float(stored["even"][stack][str(depth)])
-                                 for depth in depths(teacher.depths[stack], bank.spans[stack])} for stack in STACKS}}
+                "even": even}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
 
@@ -444,7 +445,7 @@ def choose_speedup(bank, teacher, wanted, strategy, source):
     """The assembly with the most layers, under a strategy, whose measured speed-up on `source` reaches `wanted`, and
     that speed-up. Raises ValueError, naming the largest that was reached, when none does."""
     n = teacher.depths
-    pairs = [depths(n[stack], bank.spans[stack]) for stack in STACKS]
+    pairs = [possible_depths(n[stack], bank.spans[stack]) for stack in STACKS]
     totals = sorted({e + d for e in pairs[0] for d in pairs[1]}, reverse=True)
     reached = 0.0
     for total in totals:

@@ -8,8 +8,8 @@
 
 The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/ (and
 pseudo.json), checkpoint.pt while something trains, results.json and frontier.svg; `python assemble.py RUN --ratio 2`
-makes a model of it, and adds damage.json. In log.jsonl the last record of a step counts: after an interruption some come
-twice.
+makes a model of it, and adds damage.json. In log.jsonl the last record of a step counts: some come twice after an
+interruption.
 """
 import argparse
 import ctypes
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from assemble import assemble, choose, depths, even_paths, export, parameters, save_batches, speedup
+from assemble import assemble, choose, even_paths, export, parameters, possible_depths, save_batches, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
 from distill import CE_ONLY, pick_dtype, processes, shrink, train_modules, train_student, validation_loss
@@ -398,7 +398,7 @@ def translate(model, sources, args, name):
 def study_shapes(teacher, bank):
     """(encoder, decoder) depths for the table: 1.1x to 6x shrinking both stacks, then one stack alone."""
     n = list(teacher.depths.values())
-    possible = [depths(k, bank.spans[stack]) for k, stack in zip(n, STACKS)]
+    possible = [possible_depths(k, bank.spans[stack]) for k, stack in zip(n, STACKS)]
     shapes = []
     for ratio in (1.1, 1.33, 1.5, 2, 2.4, 3, 4, 6):
         try:

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
-from assemble import assemble, depths, even_paths, export, parameters, speedup
+from assemble import assemble, even_paths, export, parameters, possible_depths, speedup
 from data import Batches, Tokenizer, encode_pairs
 from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
 from model import Parser, command_line, load_t5, read_json, save_t5, write_json
@@ -186,7 +186,7 @@ def models(study, seed, students):
     bank's assemblies, at every ratio and on the grid of depths; static students."""
     n, train = study.teacher.depths, study.batches(study.encode(study.pairs["train"]), seed)
     bank = study.bank(f"bank-{seed}", train, seed)
-    grid = [[n[stack] // k for k in (6, 3, 2) if n[stack] // k in depths(n[stack], bank.spans[stack])] + [n[stack]]
+    grid = [[n[stack] // k for k in (6, 3, 2, 1) if n[stack] // k in possible_depths(n[stack], bank.spans[stack])]
             for stack in STACKS]
     yield "teacher", lambda: study.teacher
     for e, d in dict.fromkeys(study_shapes(study.teacher, bank) + [(e, d) for e in grid[0] for d in grid[1]]):

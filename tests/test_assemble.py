@@ -83,13 +83,13 @@ def test_path_of_depth_is_the_best_of_all(n, granularities):
         found, expected = a.path_of_depth(n, spans, depth), best[depth][1] if depth in best else None
         assert found == expected, \
             f"{depth} of {n} layers, {granularities}: of all paths the most even one is {expected}, not {found}"
-    assert a.depths(n, spans) == sorted(best), "the depths are those that some path has, ascending"
+    assert a.possible_depths(n, spans) == sorted(best), "the depths are those that some path has, ascending"
 
 
 @pytest.mark.parametrize("n, granularities", ((24, [2, 3, 4, 6]), (24, [4, 6]), (18, [2, 3, 6]), (15, [3, 5])))
 def test_every_chosen_path_tiles(n, granularities):
     spans = mod.module_spans(n, granularities)
-    for depth in a.depths(n, spans):
+    for depth in a.possible_depths(n, spans):
         path = a.path_of_depth(n, spans, depth)
         assert len(path) == depth, f"a path of depth {depth} has {depth} spans"
         assert_tiles(path, n)
@@ -104,10 +104,10 @@ def test_path_of_depth_by_hand(depth, path):
         f"{depth} of 12 layers: equal spans if there are, else the upper layers go first: {path}"
 
 
-def test_depths_by_hand():
-    assert a.depths(12, mod.module_spans(12, [2, 3, 4, 6])) == list(range(2, 13)), "2 to 12 of 12 layers are possible"
-    assert a.depths(12, mod.module_spans(12, [6])) == [2, 7, 12], "spans of 6: none, one or both replaced"
-    assert a.depths(5, []) == [5], "without modules only the teacher's own depth"
+def test_possible_depths_by_hand():
+    assert a.possible_depths(12, mod.module_spans(12, [2, 3, 4, 6])) == list(range(2, 13)), "2 to 12 of 12 are possible"
+    assert a.possible_depths(12, mod.module_spans(12, [6])) == [2, 7, 12], "spans of 6: none, one or both replaced"
+    assert a.possible_depths(5, []) == [5], "without modules only the teacher's own depth"
 
 
 # ----------------------------------------------------------------------------- both stacks
@@ -396,7 +396,8 @@ def test_damage_is_the_rise_of_the_loss_for_one_module():
         {stack: sorted(bank.spans[stack]) for stack in mod.STACKS}, "every module is measured"
     for stack in mod.STACKS:
         n, spans = teacher.depths[stack], bank.spans[stack]
-        assert list(found["even"][stack]) == a.depths(n, spans) and found["even"][stack][n] == 0.0, "and every depth"
+        assert list(found["even"][stack]) == a.possible_depths(n, spans), "and every depth"
+        assert found["even"][stack][n] == 0.0, "and the whole teacher costs nothing"
         for depth, rise in found["even"][stack].items():
             paths = {s: mod.path_of([1] * teacher.depths[s]) for s in mod.STACKS}
             paths[stack] = a.path_of_depth(n, spans, depth)
@@ -455,8 +456,8 @@ def test_layer_seconds_of_single_layers(monkeypatch):
 def no_damage(teacher, bank, damage=0.0):
     """What `damages` would give if every module and every even path of modules did this damage."""
     return {**{stack: dict.fromkeys(bank.spans[stack], damage) for stack in mod.STACKS},
-            "even": {stack: {depth: damage * (depth < teacher.depths[stack])
-                             for depth in a.depths(teacher.depths[stack], bank.spans[stack])} for stack in mod.STACKS}}
+            "even": {stack: {depth: damage * (depth < n)
+                             for depth in a.possible_depths(n, bank.spans[stack])} for stack, n in teacher.depths.items()}}
 
 
 def test_candidates_are_the_best_of_all_assemblies():
@@ -549,7 +550,7 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
     bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
     damage = a.read_damages(run_folder, teacher, bank, None)  # stored by the command
     least = {(e, d): damage["even"]["encoder"][e] + damage["even"]["decoder"][d]
-             for e in a.depths(4, bank.spans["encoder"]) for d in a.depths(6, bank.spans["decoder"])}
+             for e in a.possible_depths(4, bank.spans["encoder"]) for d in a.possible_depths(6, bank.spans["decoder"])}
     worth = [f"{e}+{d}" for (e, d), estimate in least.items() if not any(
         (2 * x + 3 * y, other) < (2 * e + 3 * d, estimate) and other <= estimate for (x, y), other in least.items())]
     assert sorted(row[0] for row in rows) == sorted(worth), "every depth that no other beats in speed and damage, once"
