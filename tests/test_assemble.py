@@ -456,8 +456,8 @@ def test_layer_seconds_of_single_layers(monkeypatch):
 def no_damage(teacher, bank, damage=0.0):
     """What `damages` would give if every module and every even path of modules did this damage."""
     return {**{stack: dict.fromkeys(bank.spans[stack], damage) for stack in mod.STACKS},
-            "even": {stack: {depth: damage * (depth < n)
-                             for depth in a.possible_depths(n, bank.spans[stack])} for stack, n in teacher.depths.items()}}
+            "even": {stack: {depth: damage * (depth < n) for depth in a.possible_depths(n, bank.spans[stack])}
+                     for stack, n in teacher.depths.items()}}
 
 
 def test_candidates_are_the_best_of_all_assemblies():
