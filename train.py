@@ -16,6 +16,7 @@ import ctypes
 import json
 import math
 import os
+import random
 import sys
 import tempfile
 import time
@@ -323,15 +324,16 @@ def start_run(args, pairs):
         tokenizer.save(out)
         write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")
     if not (out / "valid.safetensors").exists():
-        probe = pairs["valid"][::probe_step(pairs["valid"])]
+        probe = [pairs["valid"][i] for i in probe_rows(len(pairs["valid"]))]
         save_batches(Batches(encode_pairs(tokenizer, probe, args.max_length)[0], args.batch_tokens, tokenizer.pad_id,
                              seed=0), out / "valid.safetensors")
     return teacher, tokenizer
 
 
-def probe_step(valid):
-    """k: the search measures modules on every k-th validation pair, at most PROBE, as a file may be sorted."""
-    return -(-len(valid) // PROBE)
+def probe_rows(n):
+    """Which of n validation pairs the search measures modules on: at most PROBE, drawn, as a file may be sorted, or of
+    short and long lines in turn, like Multi30k's."""
+    return random.Random(0).sample(range(n), min(n, PROBE))
 
 
 def check_plan(args, encoder, decoder):

@@ -23,7 +23,7 @@ from data import Batches, Tokenizer, encode_pairs
 from distill import validation_loss
 from model import Parser, command_line, load_t5
 from modules import STACKS, load_bank, sample_path
-from train import METRICS, keep_heap, parse_args, probe_step, read_data, translate
+from train import METRICS, keep_heap, parse_args, probe_rows, read_data, translate
 
 
 def spearman(x, y):
@@ -44,7 +44,7 @@ def main(argv):
     bank = load_bank(args.out / "bank.safetensors", teacher).to(args.device).eval()
     probe = load_batches(args.out / "valid.safetensors")
     valid = read_data(args)["valid"]
-    unseen = [pair for i, pair in enumerate(valid) if i % probe_step(valid)]
+    unseen = [valid[i] for i in sorted({*range(len(valid))} - {*probe_rows(len(valid))})]
     if not unseen:
         raise ValueError(f"{args.valid}: the search has seen all {len(valid)} pairs: none are left to judge it by")
     examples = encode_pairs(tokenizer, unseen, args.max_length)[0]

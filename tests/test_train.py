@@ -128,7 +128,14 @@ def test_files_and_teacher_are_found_from_elsewhere():
 def test_lists_of_settings_by_hand():
     assert train.span_lengths("3,2,3") == [2, 3] and train.parse_baselines("") == []
     assert train.parse_baselines("kd:6+5,sft:2+2,kd:6+5") == [("kd", 6, 5), ("sft", 2, 2)], "in order, each once"
-    assert [train.probe_step(range(n)) for n in (1, 300, 301, 600, 601)] == [1, 1, 2, 2, 3], "at most 300 pairs"
+
+
+def test_the_search_sees_pairs_from_everywhere():
+    rows = train.probe_rows(1000)
+    assert rows == train.probe_rows(1000) and len(set(rows)) == 300, "300 pairs, the same ones every time"
+    assert sorted(train.probe_rows(20)) == list(range(20)), "all of a small set"
+    assert 120 < sum(row % 2 for row in rows) < 180, "of a file of short and long lines in turn, both"
+    assert 120 < sum(row < 500 for row in rows) < 180, "of a sorted file, both ends"
 
 
 @pytest.mark.parametrize("baselines, good", (
