@@ -9,9 +9,10 @@
     python tests/bench_quality.py RUN speed                  # speed-ups of main's models, when nothing else runs
     python tests/bench_quality.py RUN teacher                # Hugging Face's T5 instead of ours (needs transformers)
 
-Results are in RUN/study/results.json, models beside it, and the README's tables are printed at the end. A seed is that
-of the bank or student, its batches and its sample of pairs; the teacher is the run's one. Several processes may work on
-one run, with a part or a seed each. Not collected by pytest. Remove RUN/study after a change of the recipe.
+Results are in RUN/study/results.json, models and the picture beside it, and the README's tables are printed at the end.
+A seed is that of the bank or student, its batches and its sample of pairs; the teacher is the run's one, and so is the
+bank of the run's seed. Several processes may work on one run, with a part or a seed each. Not collected by pytest.
+Remove RUN/study after a change of the recipe.
 """
 import argparse
 import random
@@ -26,9 +27,9 @@ import distill
 from assemble import assemble, even_paths, export, parameters, possible_depths, speedup
 from data import Batches, Tokenizer, encode_pairs
 from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
-from model import Parser, command_line, load_t5, read_json, save_t5, write_json
+from model import Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
 from modules import STACKS, Bank, by_granularity, load_bank, save_bank, with_layers
-from train import (BASELINES, METRICS, keep_heap, parse_args, parse_baselines, read_data, study_shapes,
+from train import (BASELINES, METRICS, frontier, keep_heap, parse_args, parse_baselines, read_data, study_shapes,
                    train_baseline, translate)
 
 PARTS = ("main", "beam", "little", "ablations", "teacher", "speed")
@@ -80,11 +81,12 @@ def main(argv):
     for part in asked.parts or [part for part in PARTS if part != "teacher"]:
         for seed in asked.seeds if part != "speed" else [0]:
             if part == "main":
-                for name, model in models(study, seed, asked.students):
-                    study.measured("main", name, seed, lambda: study.score(model(), "test"))
+                for title, name, model in models(study, seed, asked.students):
+                    study.measured(title, name, seed, lambda: study.score(model(), "test"))
             elif part == "beam":
-                for name, model in models(study, seed, asked.students):
-                    study.measured("beam 4", name, seed, lambda: {"score": study.metric(model(), "test", 4)[1]})
+                for title, name, model in models(study, seed, asked.students):
+                    if title == "main":
+                        study.measured("beam 4", name, seed, lambda: {"score": study.metric(model(), "test", 4)[1]})
             elif part == "little":
                 little_data(study, seed)
             elif part == "ablations":
@@ -94,8 +96,11 @@ def main(argv):
                 reference_teacher(study, seed)
             else:
                 speed(study)
-    for title in dict.fromkeys(key.partition("|")[0] for key in study.results()):
-        print(f"\n{title}\n" + table(study.results(), title))
+    results = study.results()
+    for title in dict.fromkeys(key.partition("|")[0] for key in results):
+        if title not in ("beam 4", "speed"):  # columns of main
+            print(f"\n{title}\n" + table(results, title))
+    write_picture(results, study)
 
 
 class Study:
@@ -132,8 +137,9 @@ class Study:
         return self.results()[key]
 
     def bank(self, name, batches, seed):
-        """The bank of that name, trained if it is not there."""
-        file = self.folder / f"{name}.safetensors"
+        """The bank of that name, trained if it is not there. That of the run's own seed is the run's."""
+        own = name == f"bank-{self.args.seed}"
+        file = self.args.out / "bank.safetensors" if own else self.folder / f"{name}.safetensors"
         if not file.exists():
             bank = Bank(self.teacher, self.args.granularities and dict.fromkeys(STACKS, self.args.granularities))
             train_modules(self.teacher, bank, batches, self.args.steps, lr=self.args.lr, name=name,
@@ -182,20 +188,21 @@ class Study:
 
 
 def models(study, seed, students):
-    """All models of the main table: (name, function that gives the model, trained if it is not there). The teacher; a
-    bank's assemblies, at every ratio and on the grid of depths; static students."""
+    """All models of the main table and of the grid of depths: (table, name, function that gives the model, trained if
+    it is not there). The teacher; a bank's assemblies; static students."""
     n, train = study.teacher.depths, study.batches(study.encode(study.pairs["train"]), seed)
     bank = study.bank(f"bank-{seed}", train, seed)
     grid = [[n[stack] // k for k in (6, 3, 2, 1) if n[stack] // k in possible_depths(n[stack], bank.spans[stack])]
             for stack in STACKS]
-    yield "teacher", lambda: study.teacher
-    for e, d in dict.fromkeys(study_shapes(study.teacher, bank) + [(e, d) for e in grid[0] for d in grid[1]]):
+    yield "main", "teacher", lambda: study.teacher
+    shapes = study_shapes(study.teacher, bank)
+    for e, d in dict.fromkeys(shapes + [(e, d) for e in grid[0] for d in grid[1]]):
         if (e, d) != tuple(n.values()):
-            yield f"assembly {e}+{d}", lambda: study.assembly(bank, e, d)
+            yield "main" if (e, d) in shapes else "grid", f"assembly {e}+{d}", lambda: study.assembly(bank, e, d)
     if students is None:
         students = ",".join(f"{kind}:{n['encoder'] // k}+{n['decoder'] // k}" for k in (2, 3, 6) for kind in BASELINES)
     for kind, e, d in parse_baselines(students):
-        yield f"{kind} {e}+{d}", lambda: study.student(kind, e, d, f"{kind}-{e}+{d}-{seed}", train, seed)
+        yield "main", f"{kind} {e}+{d}", lambda: study.student(kind, e, d, f"{kind}-{e}+{d}-{seed}", train, seed)
 
 
 def little_data(study, seed):
@@ -274,11 +281,12 @@ def reference_teacher(study, seed):
 def speed(study):
     """Speed-ups over the teacher at batch 1, greedy, one per shape: models of a shape are equally fast."""
     source = torch.tensor([study.examples["test"][len(study.examples["test"]) // 2][0]], device=study.args.device)
-    shapes = {(r["encoder"], r["decoder"]) for key, r in study.results().items() if key.startswith("main|")}
+    shapes = {(r["encoder"], r["decoder"]) for key, r in study.results().items() if key.startswith(("main|", "grid|"))}
     for e, d in sorted(shapes):
         layers = {stack: getattr(study.teacher, stack).layers[:k] for stack, k in zip(STACKS, (e, d))}
         study.measured("speed", f"{e}+{d}", 0, lambda: {
-            "speedup": speedup(study.teacher, with_layers(study.teacher, layers), source)})
+            "speedup": 1.0 if (e, d) == tuple(study.teacher.depths.values()) else
+            speedup(study.teacher, with_layers(study.teacher, layers), source)})
 
 
 def table(results, title):
@@ -289,14 +297,15 @@ def table(results, title):
             rows.setdefault(key.split("|")[1], []).append(entry)
     if title == "main":
         return main_lines(results, rows)
+    if title == "grid":
+        return grid_lines(results)
     if title.startswith("ablation"):
         shapes = list(dict.fromkeys(shape for own in rows.values() for shape in own[0] if "+" in shape))
         lines = ["| variant | " + " | ".join(shapes) + " |", "|---|" + "---:|" * len(shapes)]
         return "\n".join(lines + [f"| {name} | " + " | ".join(
             "; ".join(f"{r[shape]['loss']:.3f}" + (f", {r[shape]['greedy']:.1f}" if "greedy" in r[shape] else "")
                       for r in own if shape in r) for shape in shapes) + " |" for name, own in rows.items()])
-    first = next(iter(rows.values()))[0]
-    columns = [name for name in ("loss", "greedy", "identical", "score", "speedup") if name in first]
+    columns = ("loss", "greedy", "identical")
     lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     return "\n".join(lines + [f"| {name} | " + " | ".join(
         spread([r[column] for r in own], 3 if column == "loss" else 1) for column in columns) + " |"
@@ -309,6 +318,11 @@ def spread(values, digits=1):
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def measured_speed(results, row):
+    """A row's speed-up, or None while it is not measured."""
+    return results.get(f"speed|{row['encoder']}+{row['decoder']}|0", {}).get("speedup")
+
+
 def main_lines(results, rows):
     """The main table."""
     teacher = rows["teacher"][0]
@@ -316,7 +330,7 @@ def main_lines(results, rows):
              "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, own in rows.items():
         layers = [own[0][stack] for stack in STACKS]
-        fast = results.get(f"speed|{layers[0]}+{layers[1]}|0", {}).get("speedup")
+        fast = measured_speed(results, own[0])
         beams = [entry["score"] for key, entry in results.items() if key.startswith(f"beam 4|{name}|")]
         ratio = sum(teacher[stack] for stack in STACKS) / sum(layers)
         lines.append(" | ".join([
@@ -325,6 +339,38 @@ def main_lines(results, rows):
             f"{sum(100 * r['greedy'] / teacher['greedy'] for r in own) / len(own):.1f}",
             spread([r["identical"] for r in own], 0), spread([r["loss"] for r in own], 3)]) + " |")
     return "\n".join(lines)
+
+
+def grid_lines(results):
+    """Encoder depths down, decoder depths across: the metric and the speed-up of the bank's assemblies."""
+    cells = {}
+    for key, row in results.items():
+        title, name, _ = key.split("|")
+        if title in ("main", "grid") and name.startswith(("teacher", "assembly")):
+            cells.setdefault((row["encoder"], row["decoder"]), []).append(row)
+    encoders = sorted({e for e, d in cells if d == max(cells)[1]})
+    decoders = sorted({d for e, d in cells if all((e, d) in cells for e in encoders)})
+    lines = ["| encoder \\ decoder | " + " | ".join(map(str, decoders)) + " |", "|---|" + "---:|" * len(decoders)]
+    for e in encoders:
+        lines.append(f"| {e} | " + " | ".join(
+            ", ".join([spread([r["greedy"] for r in cells[e, d]]),
+                       *(f"{fast:.2f}x" for fast in [measured_speed(results, cells[e, d][0])] if fast)])
+            for d in decoders) + " |")
+    return "\n".join(lines)
+
+
+def write_picture(results, study):
+    """The README's picture, RUN/study/frontier.svg, of the rows whose speed-up is measured: means over the seeds."""
+    rows = {}
+    for key, row in results.items():
+        title, name, _ = key.split("|")
+        if title in ("main", "grid") and measured_speed(results, row):
+            rows.setdefault(name, []).append(row)
+    points = {name: {"speedup": measured_speed(results, own[0]),
+                     study.args.metric: sum(r["greedy"] for r in own) / len(own)} for name, own in rows.items()}
+    if points:
+        with new_file(study.folder / "frontier.svg") as f:
+            f.write(frontier(points, study.args.metric).encode())
 
 
 if __name__ == "__main__":
