@@ -9,8 +9,8 @@
     pytest tests/test_assemble.py
 
 A bank of a 12+12 teacher makes 85,264 models. The search measures once, on a few hundred validation pairs, the damage
-of each module, adds damages up along a path, and finds the best paths of every depth by dynamic programming; and the
-damage of each even path, of modules as alike as can be. It scores the best of both kinds for real.
+of each module, and of each two neighbours, adds damages up along a path, finds the best path of every depth by dynamic
+programming, and scores the best few pairs of paths for real.
 """
 import math
 import os
@@ -34,35 +34,37 @@ STRATEGIES = ("size-first", "speed-first")
 
 # ---- choosing a pair of paths
 
-def best_paths(n, spans, cost, k=1):
-    """{depth: its k cheapest paths through n layers, [(cost, path), ...], cheapest first}.
+def best_paths(n, spans, cost):
+    """{depth: (cost, path)}, depths ascending: the cheapest path of every depth through n layers.
 
-    A path costs the sum of cost(span) over its spans. By dynamic programming: a path of d layers through the first
-    `stop` ends with some span (start, stop), and before that comes one of d-1 layers through the first `start`:
-        C(stop, d) = min over spans (start, stop) of C(start, d-1) + cost(start, stop),
-    of which only the k cheapest matter. Of equals those come first that keep the lower layers whole, on which all
-    others build.
+    A path costs the sum of cost(previous, span) over its spans; before the first, previous is None. By dynamic
+    programming: a path of d layers that ends with `span` is one of d-1 layers that ends with some `previous`, up to
+    where `span` starts, and `span`:
+        C(d, span) = min over previous of C(d-1, previous) + cost(previous, span).
+    Of equals that one is taken that keeps the lower layers whole, on which all others build.
     """
-    best = [{0: [(0, ())]}] + [{} for _ in range(n)]
+    best = [{(0, None): (0, [])}] + [{} for _ in range(n)]  # where a path has come to: {(depth, last span): C and path}
     for start in range(n):
         for span in spans_from(start, spans):
-            for depth, paths in best[start].items():
-                longer = [(c + cost(span), path + (span,)) for c, path in paths]
-                best[span[1]][depth + 1] = sorted(best[span[1]].get(depth + 1, []) + longer, key=lambda entry: (
-                    entry[0], [b - a for a, b in entry[1]]))[:k]
-    return {depth: [(c, list(path)) for c, path in paths] for depth, paths in sorted(best[n].items())}
+            for (depth, previous), (total, path) in best[start].items():
+                longer = total + cost(previous, span), [*path, span]
+                here = best[span[1]]
+                here[depth + 1, span] = min(longer, here.get((depth + 1, span), longer))
+    ends = {}
+    for (depth, _), entry in best[n].items():
+        ends[depth] = min(entry, ends.get(depth, entry))
+    return dict(sorted(ends.items()))
 
 
 def path_of_depth(n, spans, depth):
     """The path of `depth` layers through a stack of n whose spans are most alike, or None if there is none: the one
     with the smallest sum of squared lengths, that is the least work for the busiest module."""
-    paths = best_paths(n, spans, lambda span: (span[1] - span[0]) ** 2).get(depth)
-    return paths[0][1] if paths else None
+    return best_paths(n, spans, lambda previous, span: (span[1] - span[0]) ** 2).get(depth, (None, None))[1]
 
 
 def possible_depths(n, spans):
     """The numbers of layers that paths through a stack of n can have, ascending."""
-    return list(best_paths(n, spans, lambda span: 0))
+    return list(best_paths(n, spans, lambda previous, span: 0))
 
 
 def count_paths(n, spans):
@@ -128,40 +130,44 @@ def load_batches(path):
         raise ValueError(f"{path}: not a file of batches: {name} is missing") from None
 
 
-def damages(teacher, bank, batches):
-    """By how many nats a token the validation loss of the teacher's layers, in the bank's frame, rises when one module
-    alone replaces some, {"encoder": {span: damage}, "decoder": ...}, and when the most even path of a depth (see
-    `path_of_depth`) replaces a whole stack, "even": {"encoder": {depth: damage}, "decoder": ...}."""
-    whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
+def neighbours(spans):
+    """What is measured of a stack's modules: each alone, (span,), and each two that can stand side by side, (a, b)."""
+    return [(span,) for span in spans] + [(a, b) for a in spans for b in spans if a[1] == b[0]]
 
-    def loss(paths):
-        """Nats a token."""
-        return validation_loss(bank.frame, batches, bank.layers(teacher, paths))
-    base, result = loss(whole), {"even": {}}
+
+def damages(teacher, bank, batches):
+    """By how many nats a token the validation loss of the teacher's layers, in the bank's frame, rises when modules
+    replace some: {"encoder": {(span,): by this one alone, (a, b): by these two beyond the sum of both, ...}, "decoder":
+    ...}. Modules of one length trained side by side: beside each other they do less than beside the teacher's layers.
+    """
+    def loss(stack, modules):
+        """Nats a token, with these modules of one stack."""
+        whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
+        kept = [(i, j) for i, j in whole[stack] if not any(start <= i < stop for start, stop in modules)]
+        return validation_loss(bank.frame, batches, bank.layers(teacher, {**whole, stack: sorted([*kept, *modules])}))
+    base, result = loss("encoder", ()), {}
     for stack in STACKS:
-        n, spans, own = teacher.depths[stack], bank.spans[stack], whole[stack]
-        show = dict(desc=f"{stack} modules and paths", leave=False, disable=None)
-        result[stack] = {(start, stop): loss({**whole, stack: [*own[:start], (start, stop), *own[stop:]]}) - base
-                         for start, stop in tqdm(spans, **show)}
-        result["even"][stack] = {depth: loss({**whole, stack: path_of_depth(n, spans, depth)}) - base
-                                 for depth in tqdm(possible_depths(n, spans), **show)}
+        result[stack] = found = {}
+        for modules in tqdm(neighbours(bank.spans[stack]), desc=f"{stack} modules", leave=False, disable=None):
+            alone = sum(found[span,] for span in modules) if len(modules) > 1 else 0.0
+            found[modules] = loss(stack, modules) - base - alone
     return result
 
 
 def read_damages(run, teacher, bank, batches):
-    """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, ...}, "decoder": ..., "even": ...}, which is written
-    on first use. Raises ValueError naming the file if it does not fit the bank."""
-    file = run / "damage.json"
+    """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, "0-2,2-4": -0.001, ...}, "decoder": ...}, which is
+    written on first use. Raises ValueError naming the file if it does not fit the bank."""
+    file, names = run / "damage.json", {
+        stack: {modules: ",".join(f"{a}-{b}" for a, b in modules) for modules in neighbours(bank.spans[stack])}
+        for stack in STACKS}
     if not file.exists():
         found = damages(teacher, bank, batches)
-        write_json({**{stack: {f"{a}-{b}": damage for (a, b), damage in found[stack].items()} for stack in STACKS},
-                    "even": found["even"]}, file)
+        write_json({stack: {name: found[stack][modules] for modules, name in names[stack].items()}
+                    for stack in STACKS}, file)
     stored = read_json(file)
     try:
-        even = {stack: {depth: float(stored["even"][stack][str(depth)])
-                        for depth in possible_depths(teacher.depths[stack], bank.spans[stack])} for stack in STACKS}
-        return {**{stack: {(a, b): float(stored[stack][f"{a}-{b}"]) for a, b in bank.spans[stack]} for stack in STACKS},
-                "even": even}
+        return {stack: {modules: float(stored[stack][name]) for modules, name in names[stack].items()}
+                for stack in STACKS}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
 
@@ -198,32 +204,27 @@ def predictors(teacher, source):
     return speed, params
 
 
-def candidates(teacher, bank, damage, allowed, k):
-    """The k assemblies of least estimated damage, least first, among those whose depths allowed(e, d) holds for:
-    [(damage, {"encoder": path, "decoder": path}), ...]. Exactly these; the estimate takes it that damages add up."""
-    options = {stack: best_paths(teacher.depths[stack], bank.spans[stack], lambda span: damage[stack].get(span, 0.0), k)
-               for stack in STACKS}
-    pairs = [(a + b, {"encoder": first, "decoder": second})
-             for e, encoders in options["encoder"].items()
-             for d, decoders in options["decoder"].items() if allowed(e, d)
-             for a, first in encoders for b, second in decoders]
-    return sorted(pairs, key=lambda pair: pair[0])[:k]
+def path_damage(damage):
+    """The cost of a span after another one, for `best_paths`, by one stack of `damages`: what the module does alone,
+    and beside the one before it. A layer of the teacher does none."""
+    return lambda previous, span: damage.get((span,), 0.0) + damage.get((previous, span), 0.0)
 
 
-def even_candidates(teacher, bank, damage, allowed, k):
-    """The same of assemblies of the most even paths alone, each of which was measured as a whole: modules of one length
-    were trained together, and do better side by side than the sum of their damages says."""
-    even = damage["even"]
-    shapes = sorted((even["encoder"][e] + even["decoder"][d], e, d)
-                    for e in even["encoder"] for d in even["decoder"] if allowed(e, d))[:k]
-    return [(estimate, even_paths(teacher, bank, e, d)) for estimate, e, d in shapes]
+def candidates(teacher, bank, damage, allowed):
+    """The assembly of least estimated damage for each pair of depths that allowed(e, d) holds for, least first:
+    [(damage, {"encoder": path, "decoder": path}), ...]. Of all tilings exactly these; the estimate takes it that
+    damages of modules, and of neighbours, add up."""
+    encoders, decoders = (best_paths(teacher.depths[stack], bank.spans[stack], path_damage(damage[stack]))
+                          for stack in STACKS)
+    return sorted(((a + b, {"encoder": encoder, "decoder": decoder})
+                   for e, (a, encoder) in encoders.items()
+                   for d, (b, decoder) in decoders.items() if allowed(e, d)), key=lambda found: found[0])
 
 
-def search(teacher, bank, damage, allowed, batches, k=4):
-    """The best assembly under a budget: of the k of all assemblies and the k of even ones with the least estimated
-    damage, that with the least validation loss; None if no depths are allowed."""
-    found = [paths for estimate in (candidates, even_candidates)
-             for _, paths in estimate(teacher, bank, damage, allowed, k)]
+def search(teacher, bank, damage, allowed, batches, k=8):
+    """The best assembly under a budget: of the k `candidates` with the least estimated damage, that with the least
+    validation loss; None if no depths are allowed."""
+    found = [paths for _, paths in candidates(teacher, bank, damage, allowed)[:k]]
     return min(found, default=None, key=lambda paths: validation_loss(
         frame_of(teacher, bank, paths), batches, bank.layers(teacher, paths)))
 
@@ -424,9 +425,9 @@ def assemblies(teacher, bank):
 
 
 def print_frontier(teacher, bank, damage, speed, params):
-    """Every depth that no faster one beats, of even paths: a Markdown table, from the teacher to the smallest."""
+    """Every depth that no faster one beats: a Markdown table, from the teacher to the smallest."""
     best = [(len(paths["encoder"]), len(paths["decoder"]), estimate, paths)
-            for estimate, paths in even_candidates(teacher, bank, damage, lambda e, d: True, k=None)]
+            for estimate, paths in candidates(teacher, bank, damage, lambda e, d: True)]
     print(f"{assemblies(teacher, bank):,} assemblies; worth choosing, by estimated damage in nats a token over "
           "the teacher's layers in the bank's frame:\n\n"
           "| layers | ratio | parameters | predicted speed-up | damage | encoder | decoder |\n"

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assemble import (STRATEGIES, assemble, assemblies, choose, load_batches, predictors, read_damages, search,
-                      speedup)
+from assemble import (STRATEGIES, assemble, assemblies, choose, load_batches, path_damage, predictors, read_damages,
+                      search, speedup)
 from data import Batches, Tokenizer, encode_pairs
 from distill import validation_loss
 from model import Parser, command_line, load_t5
@@ -61,7 +61,8 @@ def main(argv):
         return predict(*(len(paths[stack]) for stack in STACKS))
 
     def estimate(paths):
-        return sum(damage[stack].get(span, 0.0) for stack in STACKS for span in paths[stack])
+        return sum(path_damage(damage[stack])(*pair) for stack in STACKS
+                   for pair in zip([None, *paths[stack]], paths[stack]))
 
     def loss(paths):
         return validation_loss(bank.frame, batches, bank.layers(teacher, paths))

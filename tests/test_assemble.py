@@ -82,7 +82,8 @@ def test_path_of_depth_is_the_best_of_all(n, granularities):
     for depth in range(1, n + 1):
         found, expected = a.path_of_depth(n, spans, depth), best[depth][1] if depth in best else None
         assert found == expected, \
-            f"{depth} of {n} layers, {granularities}: of all paths the most even one is {expected}, not {found}"
+            f"{depth} of {n} layers, {granularities}: the path of the least sum of squared lengths, of equals the one " \
+            f"whose lower layers are whole, is {expected}, not {found}"
     assert a.possible_depths(n, spans) == sorted(best), "the depths are those that some path has, ascending"
 
 
@@ -368,18 +369,21 @@ BATCHES = [(torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]]), torch.tensor([[11, 12, 1
 
 @pytest.mark.parametrize("n, granularities", ((1, []), (6, [2, 3]), (8, [2, 4]), (12, [3, 4, 6])))
 def test_best_paths_are_the_best_of_all(n, granularities):
-    """{depth: its k cheapest paths}; all paths are tried one by one here, dynamic programming finds the same."""
+    """{depth: (cost, path)}; all paths are tried one by one here, dynamic programming finds the same."""
     spans, rng = mod.module_spans(n, granularities), random.Random(n)
-    price = {span: rng.random() for span in [*spans, *((i, i + 1) for i in range(n))]}
+    every = [*spans, *((i, i + 1) for i in range(n))]
+    price = {(previous, span): rng.random() for span in every for previous in [None, *every]}
+
+    def total(path):
+        return sum(price[pair] for pair in zip([None, *path], path))
     everything = all_paths(n, spans)
-    found = a.best_paths(n, spans, price.get, k=3)
+    found = a.best_paths(n, spans, lambda previous, span: price[previous, span])
     assert a.count_paths(n, spans) == len(everything), "every tiling is counted once"
     assert list(found) == sorted({len(path) for path in everything}), "every depth that a path has, ascending"
-    for depth, paths in found.items():
-        best = sorted((sum(map(price.get, path)), path) for path in everything if len(path) == depth)[:3]
-        assert [cost for cost, _ in paths] == pytest.approx([cost for cost, _ in best]), \
-            f"the three cheapest paths of {depth} layers; a path costs the sum of its spans' costs"
-        assert [path for _, path in paths] == [path for _, path in best], f"the three cheapest paths of {depth} layers"
+    for depth, (cost, path) in found.items():
+        best = min((path for path in everything if len(path) == depth), key=total)
+        assert cost == pytest.approx(total(best)) and path == best, \
+            f"the cheapest path of {depth} layers; a path costs the sum of what its spans do after the one before"
 
 
 def test_count_paths_by_hand():
@@ -387,29 +391,29 @@ def test_count_paths_by_hand():
     assert a.count_paths(4, [(0, 2), (2, 4), (0, 4)]) == 5, "and 4"
 
 
-def test_damage_is_the_rise_of_the_loss_for_one_module():
+def test_damage_is_the_rise_of_the_loss():
     teacher = tiny()
     bank = make_bank(teacher)
     found, whole = a.damages(teacher, bank, BATCHES), {s: list(getattr(teacher, s).layers) for s in mod.STACKS}
     base = distill.validation_loss(mod.with_layers(bank.frame, whole), BATCHES)
-    assert {stack: sorted(found[stack]) for stack in mod.STACKS} == \
-        {stack: sorted(bank.spans[stack]) for stack in mod.STACKS}, "every module is measured"
-    for stack in mod.STACKS:
-        n, spans = teacher.depths[stack], bank.spans[stack]
-        assert list(found["even"][stack]) == a.possible_depths(n, spans), "and every depth"
-        assert found["even"][stack][n] == 0.0, "and the whole teacher costs nothing"
-        for depth, rise in found["even"][stack].items():
-            paths = {s: mod.path_of([1] * teacher.depths[s]) for s in mod.STACKS}
-            paths[stack] = a.path_of_depth(n, spans, depth)
-            loss = distill.validation_loss(bank.frame, BATCHES, bank.layers(teacher, paths))
-            assert rise == pytest.approx(loss - base, abs=1e-6), f"{stack}, {depth} layers: the most even path"
-    for stack, (start, stop) in (("encoder", (2, 4)), ("decoder", (0, 3)), ("decoder", (4, 6))):
+
+    def rise(stack, *modules):
         lengths = {s: [1] * teacher.depths[s] for s in mod.STACKS}
-        lengths[stack][start:stop] = [stop - start]
+        for start, stop in reversed(modules):
+            lengths[stack][start:stop] = [stop - start]
         model = a.assemble(teacher, bank, {s: mod.path_of(lengths[s]) for s in mod.STACKS})
-        rise = distill.validation_loss(model, BATCHES) - base
-        assert found[stack][start, stop] == pytest.approx(rise, abs=1e-6) and abs(rise) > 1e-4, \
-            f"{stack} {start}-{stop}: the loss with this module, less that without, in the bank's frame"
+        return distill.validation_loss(model, BATCHES) - base
+    for stack in mod.STACKS:
+        spans = bank.spans[stack]
+        pairs = {(x, y) for x in spans for y in spans if x[1] == y[0]}
+        assert set(found[stack]) == {(span,) for span in spans} | pairs, "every module, and every two neighbours"
+    for stack, span in (("encoder", (2, 4)), ("decoder", (0, 3)), ("decoder", (4, 6))):
+        assert found[stack][span,] == pytest.approx(rise(stack, span), abs=1e-6) and abs(rise(stack, span)) > 1e-4, \
+            f"{stack} {span}: the loss with this module, less that without, in the bank's frame"
+    for stack, x, y in (("encoder", (0, 2), (2, 4)), ("decoder", (0, 3), (3, 6)), ("decoder", (2, 4), (4, 6))):
+        more = rise(stack, x, y) - rise(stack, x) - rise(stack, y)
+        assert found[stack][x, y] == pytest.approx(more, abs=1e-6) and abs(more) > 1e-5, \
+            f"{stack} {x} and {y}: what both do beyond the sum of each alone"
 
 
 def test_damages_are_measured_once(run_folder, tmp_path, monkeypatch):
@@ -453,73 +457,60 @@ def test_layer_seconds_of_single_layers(monkeypatch):
     assert sum(a.layer_seconds(tiny(1, 1), None)) == pytest.approx(2.0), "one depth alone tells the sum"
 
 
-def no_damage(teacher, bank, damage=0.0):
-    """What `damages` would give if every module and every even path of modules did this damage."""
-    return {**{stack: dict.fromkeys(bank.spans[stack], damage) for stack in mod.STACKS},
-            "even": {stack: {depth: damage * (depth < n) for depth in a.possible_depths(n, bank.spans[stack])}
-                     for stack, n in teacher.depths.items()}}
+def every_damage(bank, damage=0.0):
+    """What `damages` would give if every module did this damage, whatever stands beside it."""
+    return {stack: {modules: damage * (len(modules) == 1) for modules in a.neighbours(bank.spans[stack])}
+            for stack in mod.STACKS}
 
 
 def test_candidates_are_the_best_of_all_assemblies():
     teacher, rng = tiny(), random.Random(0)
     bank = make_bank(teacher)
-    damage = {stack: {span: rng.random() for span in bank.spans[stack]} for stack in mod.STACKS}
-    every = sorted((sum(damage["encoder"].get(span, 0) for span in e)
-                    + sum(damage["decoder"].get(span, 0) for span in d), e, d)
-                   for e in all_paths(4, bank.spans["encoder"]) for d in all_paths(6, bank.spans["decoder"])
-                   if len(e) + 2 * len(d) <= 9)
-    found = a.candidates(teacher, bank, damage, lambda e, d: e + 2 * d <= 9, 7)
-    assert [estimate for estimate, _ in found] == pytest.approx([estimate for estimate, *_ in every[:7]]), \
-        "the least sums of damages over both stacks, of all assemblies within the budget"
-    assert [(paths["encoder"], paths["decoder"]) for _, paths in found] == [tuple(entry[1:]) for entry in every[:7]]
+    damage = {stack: {modules: rng.random() - 0.5 for modules in a.neighbours(bank.spans[stack])}
+              for stack in mod.STACKS}
+
+    def estimate(stack, path):
+        alone = sum(damage[stack].get((span,), 0) for span in path)
+        return alone + sum(damage[stack].get(pair, 0) for pair in zip(path, path[1:]))
+    best = {}
+    for e in all_paths(4, bank.spans["encoder"]):
+        for d in all_paths(6, bank.spans["decoder"]):
+            entry, depths = (estimate("encoder", e) + estimate("decoder", d), e, d), (len(e), len(d))
+            if len(e) + 2 * len(d) <= 9:
+                best[depths] = min(entry, best.get(depths, entry))
+    found = a.candidates(teacher, bank, damage, lambda e, d: e + 2 * d <= 9)
+    assert [total for total, _ in found] == pytest.approx([total for total, *_ in sorted(best.values())]), \
+        "the least damage of modules and neighbours in both stacks, for each pair of depths within the budget"
+    assert [tuple(paths.values()) for _, paths in found] == [entry[1:] for entry in sorted(best.values())]
 
 
 def test_search_scores_the_candidates_for_real(monkeypatch):
     teacher = tiny()
     bank = make_bank(teacher)
-    damage = no_damage(teacher, bank)  # an estimate that knows nothing
-    found = a.search(teacher, bank, damage, lambda e, d: e + d <= 5, BATCHES, k=1000)
+    damage = every_damage(bank)  # an estimate that knows nothing
+    found = a.search(teacher, bank, damage, lambda e, d: e + d <= 8, BATCHES, k=1000)
     loss = {str(paths): distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
-            for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 5, 1000)}
+            for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 8)}
     assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "the candidate with the least loss wins"
     scored = []
     monkeypatch.setattr(a, "validation_loss", lambda model, batches, layers: scored.append(model) or len(scored))
     a.search(teacher, bank, damage, lambda e, d: e + d >= 9, BATCHES, k=1000)
-    assert scored.count(teacher) == 2 and set(scored) == {teacher, bank.frame}, \
+    assert scored.count(teacher) == 1 and set(scored) == {teacher, bank.frame}, \
         "what is scored is what would be built: without a module the teacher in its own frame, else the bank's"
-    monkeypatch.undo()
+    scored.clear()
+    a.search(teacher, bank, damage, lambda e, d: True, BATCHES)
+    assert len(scored) == 8, "eight by default"
     assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within this budget"
-    for name in ("candidates", "even_candidates"):
-        monkeypatch.setattr(a, name, lambda *options: [] if options[-1] == 4 else None)
-    assert a.search(teacher, bank, damage, lambda e, d: True, BATCHES) is None, "four of each kind by default"
 
 
-def test_even_candidates_by_hand():
-    teacher = tiny()
-    bank, budget = make_bank(teacher), lambda e, d: e + 2 * d <= 9
-    damage = {"even": {"encoder": {1: 0.5, 2: 0.1, 3: 0.2, 4: 0.0},
-                       "decoder": {2: 0.4, 3: 0.1, 4: 0.3, 5: 0.0, 6: 0.0}}}
-    found = a.even_candidates(teacher, bank, damage, budget, 3)
-    assert [(round(estimate, 6), len(paths["encoder"]), len(paths["decoder"])) for estimate, paths in found] == \
-        [(0.2, 2, 3), (0.3, 3, 3), (0.4, 4, 2)], "the least sums of both stacks' damages within the budget"
-    assert found[0][1] == {"encoder": [(0, 2), (2, 4)], "decoder": [(0, 2), (2, 4), (4, 6)]}, "the most even paths"
-
-
-def test_search_finds_what_the_sum_of_damages_misses():
-    """Modules of one length do better together than one by one: an even path is measured as a whole."""
-    teacher = tiny()
-    bank = make_bank(teacher)
-    damage = no_damage(teacher, bank)
-    for stack in mod.STACKS:
-        damage[stack] = dict.fromkeys(bank.spans[stack], -1.0)
-        for span in bank.spans[stack]:
-            damage[stack][span] -= 0.01 * (span[1] - span[0] > 2)  # by the sum, unlike modules are the best
-    losses = {}
-    for estimate in (a.candidates, a.even_candidates):
-        for _, paths in estimate(teacher, bank, damage, lambda e, d: (e, d) == (2, 3), 1):
-            losses[str(paths)] = distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
-    found = a.search(teacher, bank, damage, lambda e, d: (e, d) == (2, 3), BATCHES, k=1)
-    assert losses[str(found)] == min(losses.values()), "both kinds of candidates are scored"
+def test_estimate_knows_what_neighbours_do():
+    bank = make_bank(teacher := tiny())
+    for spans in ([(0, 3), (3, 6)], [(0, 2), (2, 4), (4, 6)]):
+        damage = every_damage(bank, 1.0)
+        for pair in zip(spans, spans[1:]):
+            damage["decoder"][pair] = -1.0  # these two do well beside each other
+        (estimate, paths), = a.candidates(teacher, bank, damage, lambda e, d: (e, d) == (4, len(spans)))
+        assert paths["decoder"] == spans and estimate == 1.0, "what each does alone, and less for each two of a kind"
 
 
 @pytest.mark.parametrize("options, within", (
@@ -549,8 +540,8 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
     teacher = m.load_t5(run_folder / "teacher")
     bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
     damage = a.read_damages(run_folder, teacher, bank, None)  # stored by the command
-    least = {(e, d): damage["even"]["encoder"][e] + damage["even"]["decoder"][d]
-             for e in a.possible_depths(4, bank.spans["encoder"]) for d in a.possible_depths(6, bank.spans["decoder"])}
+    least = {tuple(map(len, paths.values())): estimate
+             for estimate, paths in a.candidates(teacher, bank, damage, lambda e, d: True)}
     worth = [f"{e}+{d}" for (e, d), estimate in least.items() if not any(
         (2 * x + 3 * y, other) < (2 * e + 3 * d, estimate) and other <= estimate for (x, y), other in least.items())]
     assert sorted(row[0] for row in rows) == sorted(worth), "every depth that no other beats in speed and damage, once"
@@ -565,7 +556,7 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
 
 def test_list_has_no_slower_assembly_of_equal_damage(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 1.0 + sum(model.depths.values()))
-    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: no_damage(teacher, bank))
+    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: every_damage(bank))
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "damage.json").unlink(missing_ok=True)
     out = command(capsys, folder, "--list")[1]
@@ -574,11 +565,11 @@ def test_list_has_no_slower_assembly_of_equal_damage(run_folder, tmp_path, capsy
 
 
 def test_speedup_may_be_just_reached(run_folder, tmp_path, capsys, quick, monkeypatch):
-    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: no_damage(teacher, bank, 1.0))
+    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: every_damage(bank, 1.0))
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "damage.json").unlink(missing_ok=True)
     monkeypatch.setattr(a, "search", lambda teacher, bank, damage, allowed, batches: a.candidates(
-        teacher, bank, damage, allowed, 1)[0][1])
+        teacher, bank, damage, allowed)[0][1])
     assert "4+6 of 4+6" in command(capsys, folder, "--speedup", "1")[1], "the teacher is as fast as the teacher"
 
 

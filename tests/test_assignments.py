@@ -205,14 +205,19 @@ EXERCISES = {
             Wrong("the same draw in every step", 'random.Random(f"{seed} {step}")', "random.Random(seed)",
                   "anew")]),
     "11 choosing an assembly": Exercise(
-        "assemble.py", {"best_paths": "its k cheapest paths", "choose_depths": "shrinks both stacks by the same share"},
+        "assemble.py", {"best_paths": "the cheapest path of every depth",
+                        "choose_depths": "shrinks both stacks by the same share"},
         "tests/test_assemble.py -k 'best_paths or path_of_depth or choose_depths'", [
-            Wrong("the dearest span, not the sum", "(c + cost(span), path", "(max(c, cost(span)), path",
-                  "the sum of its spans' costs"),
-            Wrong("only the best of each depth is kept", "entry[0], [b - a for a, b in entry[1]]))[:k]",
-                  "entry[0], [b - a for a, b in entry[1]]))[:1]", "the three cheapest paths"),
-            Wrong("of equals the upper layers stay whole", "entry[0], [b - a for a, b in entry[1]]))",
-                  "entry[0], [a - b for a, b in entry[1]]))", "the most even one is"),
+            Wrong("the dearest span, not the sum", "longer = total + cost(previous, span), ",
+                  "longer = max(total, cost(previous, span)), ", "the least sum of squared lengths"),
+            Wrong("the span before does not matter", "total + cost(previous, span)", "total + cost(None, span)",
+                  "after the one before"),
+            Wrong("only the best way to a layer is kept, whatever its last span", "here[depth + 1, span] = min(longer, "
+                  "here.get((depth + 1, span), longer))", "here[depth + 1, None] = min(longer, "
+                  "here.get((depth + 1, None), longer))", "after the one before"),
+            Wrong("of equals the upper layers stay whole", "min(longer, here.get((depth + 1, span), longer))",
+                  "min(here.get((depth + 1, span), longer), longer, key=lambda x: (x[0], [a - b for a, b in x[1]]))",
+                  "lower layers are whole"),
             Wrong("speed-first takes the encoder's layers", "min(pairs, key=lambda p: p[1])",
                   "min(pairs, key=lambda p: p[0])", "speed-first takes the decoder's layers first"),
             Wrong("size-first by the number of layers, not their share", "abs(p[0] / encoder[-1] - p[1] / decoder[-1])",
