@@ -367,6 +367,14 @@ BATCHES = [(torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]]), torch.tensor([[11, 12, 1
            (torch.tensor([[20, 21, 22, 23, 1]]), torch.tensor([[24, 25, 26, 1]]))]
 
 
+def test_batches_come_back(tmp_path):
+    batches = [*BATCHES, *BATCHES, BATCHES[0]]
+    a.save_batches(batches, tmp_path / "valid.safetensors")
+    found = a.load_batches(tmp_path / "valid.safetensors")
+    assert len(found) == 5 and all(torch.equal(x, y) for pair in zip(found, batches) for x, y in zip(*pair)), \
+        "all of them, in order"
+
+
 @pytest.mark.parametrize("n, granularities", ((1, []), (6, [2, 3]), (8, [2, 4]), (12, [3, 4, 6])))
 def test_best_paths_are_the_best_of_all(n, granularities):
     """{depth: (cost, path)}; all paths are tried one by one here, dynamic programming finds the same."""
