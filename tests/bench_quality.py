@@ -15,6 +15,7 @@ bank of the run's seed. Several processes may work on one run, with a part or a 
 Remove RUN/study after a change of the recipe.
 """
 import argparse
+import math
 import random
 import sys
 import time
@@ -305,6 +306,8 @@ def table(results, title):
         return "\n".join(lines + [f"| {name} | " + " | ".join(
             "; ".join(f"{r[shape]['loss']:.3f}" + (f", {r[shape]['greedy']:.1f}" if "greedy" in r[shape] else "")
                       for r in own if shape in r) for shape in shapes) + " |" for name, own in rows.items()])
+    if title.startswith("little"):
+        return little_lines(rows)
     columns = ("loss", "greedy", "identical")
     lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     return "\n".join(lines + [f"| {name} | " + " | ".join(
@@ -324,21 +327,44 @@ def measured_speed(results, row):
 
 
 def main_lines(results, rows):
-    """The main table."""
-    teacher = rows["teacher"][0]
-    lines = ["| model | layers | ratio | parameters | speed-up | greedy | beam 4 | % of teacher | identical | loss |",
-             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
-    for name, own in rows.items():
-        layers = [own[0][stack] for stack in STACKS]
+    """The main table: means over the seeds, and the range of the metric; students by their depth."""
+    teacher, beams = rows["teacher"][0], {}
+    for key, entry in results.items():
+        if key.startswith("beam 4|"):
+            beams.setdefault(key.split("|")[1], []).append(entry["score"])
+    head = ["model", "ratio", "parameters", "speed-up", "greedy", *(["beam 4"] if beams else []), "% of teacher",
+            "identical", "loss"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for name, own in sorted(rows.items(), key=lambda item: -depth_of(item[1][0]) if is_student(item[0]) else -math.inf):
         fast = measured_speed(results, own[0])
-        beams = [entry["score"] for key, entry in results.items() if key.startswith(f"beam 4|{name}|")]
-        ratio = sum(teacher[stack] for stack in STACKS) / sum(layers)
-        lines.append(" | ".join([
-            f"| {name}", f"{layers[0]}+{layers[1]}", f"{ratio:.2f}x", f"{own[0]['parameters']:,}",
-            f"{fast:.2f}x" if fast else "–", spread([r["greedy"] for r in own]), spread(beams) if beams else "–",
-            f"{sum(100 * r['greedy'] / teacher['greedy'] for r in own) / len(own):.1f}",
-            spread([r["identical"] for r in own], 0), spread([r["loss"] for r in own], 3)]) + " |")
+        cells = [name, f"{depth_of(teacher) / depth_of(own[0]):.2f}x", f"{own[0]['parameters']:,}",
+                 f"{fast:.2f}x" if fast else "–", spread([r["greedy"] for r in own])]
+        if beams:
+            cells.append(spread(beams[name]) if name in beams else "–")
+        for values, digits, unit in (([100 * r["greedy"] / teacher["greedy"] for r in own], 1, ""),
+                                     ([r["identical"] for r in own], 0, " %"), ([r["loss"] for r in own], 3, "")):
+            cells.append(f"{sum(values) / len(values):.{digits}f}{unit}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def depth_of(row):
+    """Layers of both stacks."""
+    return sum(row[stack] for stack in STACKS)
+
+
+def is_student(name):
+    """Is this row of the main table that of a static student?"""
+    return name.split()[0] in BASELINES
+
+
+def little_lines(rows):
+    """Training pairs down, models across: the metric."""
+    pairs, models = (list(dict.fromkeys(part)) for part in zip(*(name.split(" ", 1) for name in rows)))
+    lines = ["| pairs | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    return "\n".join(lines + [f"| {k} | " + " | ".join(
+        spread([r["greedy"] for r in rows.get(f"{k} {model}", [])] or [math.nan]) for model in models) + " |"
+        for k in pairs])
 
 
 def grid_lines(results):
