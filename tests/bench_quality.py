@@ -195,7 +195,8 @@ def models(study, seed, students):
     bank = study.bank(f"bank-{seed}", train, seed)
     grid = [[n[stack] // k for k in (6, 3, 2, 1) if n[stack] // k in possible_depths(n[stack], bank.spans[stack])]
             for stack in STACKS]
-    yield "main", "teacher", lambda: study.teacher
+    if seed == study.args.seed:
+        yield "main", "teacher", lambda: study.teacher
     shapes = study_shapes(study.teacher, bank)
     for e, d in dict.fromkeys(shapes + [(e, d) for e in grid[0] for d in grid[1]]):
         if (e, d) != tuple(n.values()):
