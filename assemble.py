@@ -46,9 +46,9 @@ def best_paths(n, spans, cost):
     best = [{(0, None): (0, [])}] + [{} for _ in range(n)]  # where a path has come to: {(depth, last span): C and path}
     for start in range(n):
         for span in spans_from(start, spans):
+            here = best[span[1]]
             for (depth, previous), (total, path) in best[start].items():
                 longer = total + cost(previous, span), [*path, span]
-                here = best[span[1]]
                 here[depth + 1, span] = min(longer, here.get((depth + 1, span), longer))
     ends = {}
     for (depth, _), entry in best[n].items():
@@ -140,16 +140,17 @@ def damages(teacher, bank, batches):
     replace some: {"encoder": {(span,): by this one alone, (a, b): by these two beyond the sum of both, ...}, "decoder":
     ...}. Modules of one length trained side by side: beside each other they do less than beside the teacher's layers.
     """
+    whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
+
     def loss(stack, modules):
         """Nats a token, with these modules of one stack."""
-        whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
         kept = [(i, j) for i, j in whole[stack] if not any(start <= i < stop for start, stop in modules)]
         return validation_loss(bank.frame, batches, bank.layers(teacher, {**whole, stack: sorted([*kept, *modules])}))
     base, result = loss("encoder", ()), {}
     for stack in STACKS:
         result[stack] = found = {}
         for modules in tqdm(neighbours(bank.spans[stack]), desc=f"{stack} modules", leave=False, disable=None):
-            alone = sum(found[span,] for span in modules) if len(modules) > 1 else 0.0
+            alone = sum(found.get((span,), 0.0) for span in modules)  # of two: single modules come first
             found[modules] = loss(stack, modules) - base - alone
     return result
 
@@ -157,9 +158,9 @@ def damages(teacher, bank, batches):
 def read_damages(run, teacher, bank, batches):
     """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, "0-2,2-4": -0.001, ...}, "decoder": ...}, which is
     written on first use. Raises ValueError naming the file if it does not fit the bank."""
-    file, names = run / "damage.json", {
-        stack: {modules: ",".join(f"{a}-{b}" for a, b in modules) for modules in neighbours(bank.spans[stack])}
-        for stack in STACKS}
+    file = run / "damage.json"
+    names = {stack: {modules: ",".join(f"{a}-{b}" for a, b in modules) for modules in neighbours(bank.spans[stack])}
+             for stack in STACKS}
     if not file.exists():
         found = damages(teacher, bank, batches)
         write_json({stack: {name: found[stack][modules] for modules, name in names[stack].items()}

@@ -82,8 +82,8 @@ def test_path_of_depth_is_the_best_of_all(n, granularities):
     for depth in range(1, n + 1):
         found, expected = a.path_of_depth(n, spans, depth), best[depth][1] if depth in best else None
         assert found == expected, \
-            f"{depth} of {n} layers, {granularities}: the path of the least sum of squared lengths, of equals the one " \
-            f"whose lower layers are whole, is {expected}, not {found}"
+            f"{depth} of {n} layers, {granularities}: the path of the least sum of squared lengths, of equals the " \
+            f"one whose lower layers are whole, is {expected}, not {found}"
     assert a.possible_depths(n, spans) == sorted(best), "the depths are those that some path has, ascending"
 
 
