@@ -108,6 +108,7 @@ class Study:
     """A run's data, tokenizer, teacher and settings, and what has been measured of it."""
     def __init__(self, run, steps):
         self.args = parse_args(["--resume", "--out", str(run)])
+        self.own_steps = steps in (None, self.args.steps)
         self.args.steps = steps or self.args.steps
         self.folder = run / "study"
         self.folder.mkdir(exist_ok=True)
@@ -129,8 +130,8 @@ class Study:
         return read_json(self.file) if self.file.exists() else {}
 
     def measured(self, title, row, seed, measure):
-        """That entry of the file, measured now if it is not there."""
-        key = f"{title}|{row}|{seed}"
+        """That entry of the file, measured now if it is not there. The teacher has one, whatever the seed."""
+        key = f"{title}|{row}|{self.args.seed if row == 'teacher' else seed}"
         if key not in self.results():
             value = {**measure(), "date": time.strftime("%Y-%m-%d")}
             write_json({**self.results(), key: value}, self.file)  # read again: another process may have added to it
@@ -138,8 +139,8 @@ class Study:
         return self.results()[key]
 
     def bank(self, name, batches, seed):
-        """The bank of that name, trained if it is not there. That of the run's own seed is the run's."""
-        own = name == f"bank-{self.args.seed}"
+        """The bank of that name, trained if it is not there. That of the run's own seed and steps is the run's."""
+        own = self.own_steps and name == f"bank-{self.args.seed}"
         file = self.args.out / "bank.safetensors" if own else self.folder / f"{name}.safetensors"
         if not file.exists():
             bank = Bank(self.teacher, self.args.granularities and dict.fromkeys(STACKS, self.args.granularities))
@@ -195,8 +196,7 @@ def models(study, seed, students):
     bank = study.bank(f"bank-{seed}", train, seed)
     grid = [[n[stack] // k for k in (6, 3, 2, 1) if n[stack] // k in possible_depths(n[stack], bank.spans[stack])]
             for stack in STACKS]
-    if seed == study.args.seed:
-        yield "main", "teacher", lambda: study.teacher
+    yield "main", "teacher", lambda: study.teacher
     shapes = study_shapes(study.teacher, bank)
     for e, d in dict.fromkeys(shapes + [(e, d) for e in grid[0] for d in grid[1]]):
         if (e, d) != tuple(n.values()):
