@@ -22,6 +22,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -502,12 +503,19 @@ def frontier(rows, metric):
                    f'{x_low + (x_high - x_low) * i / 5:.1f}x</text>')
         svg.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">'
                    f'{y_low + (y_high - y_low) * i / 5:.1f}</text>')
-    for name, r in rows.items():
-        x, y = left + width * x_of(r["speedup"]), top + height * (1 - y_of(r[metric]))
-        colour, above = ("#e8590c", -13) if name.split()[0] in BASELINES else ("#1c7ed6", 5)  # labels apart
+    places = [(left + width * x_of(r["speedup"]), top + height * (1 - y_of(r[metric]))) for r in rows.values()]
+    boxes = [(x - 5, x + 5, y - 4, y + 4) for x, y in places]  # what a label must not cover: points, other labels
+    for (name, r), (x, y) in zip(rows.items(), places):
+        colour, label = "#e8590c" if name.split()[0] in BASELINES else "#1c7ed6", name.removeprefix("assembly ")
+        for down, side in product((4, -5, 13, -14, 22), (1, -1)):  # beside the point, then above or below it
+            start, end = sorted((x + 6 * side, x + 6 * side * (1 + len(label))))
+            box = (start, end, y + down - 8, y + down)
+            if all(start > e or end < s or y + down - 8 > low or y + down < high for s, e, high, low in boxes):
+                break
+        boxes.append(box)
         svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{name}: {r[metric]:.1f}</title>'
-                   f'</circle><text x="{x + 6:.1f}" y="{y - above:.1f}" font-size="10" fill="{colour}">'
-                   f'{name.removeprefix("assembly ")}</text>')
+                   f'</circle><text x="{x + 6 * side:.1f}" y="{y + down:.1f}" font-size="10" fill="{colour}" '
+                   f'text-anchor="{"start" if side > 0 else "end"}">{label}</text>')
     return "\n".join(svg + ["</svg>", ""])
 
 

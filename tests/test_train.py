@@ -291,6 +291,12 @@ def test_frontier_by_hand():
     one = ElementTree.fromstring(train.frontier({"teacher": POINTS["teacher"]}, "exact"))
     points = [(c.get("cx"), c.get("cy")) for c in one.iter() if c.tag.endswith("circle")]
     assert points == [("320.0", "170.0")], "a single point is in the middle"
+    crowd = {f"{kind}{i}": POINTS["teacher"] for kind in ("kd ", "assembly ") for i in range(3)}
+    labels = [(e.get("x"), e.get("y"), e.get("text-anchor"), e.text)
+              for e in ElementTree.fromstring(train.frontier(crowd, "exact")).iter() if e.get("font-size") == "10"]
+    assert labels == [("326.0", "174.0", "start", "kd 0"), ("314.0", "174.0", "end", "kd 1"),
+                      ("326.0", "165.0", "start", "kd 2"), ("314.0", "165.0", "end", "0"),
+                      ("326.0", "183.0", "start", "1"), ("314.0", "183.0", "end", "2")], "no label covers another"
 
 
 def test_printed_table_matches_the_results(finished):
