@@ -509,10 +509,9 @@ def frontier(rows, metric):
         colour, label = "#e8590c" if name.split()[0] in BASELINES else "#1c7ed6", name.removeprefix("assembly ")
         for down, side in product((4, -5, 13, -14, 22), (1, -1)):  # beside the point, then above or below it
             start, end = sorted((x + 6 * side, x + 6 * side * (1 + len(label))))
-            box = (start, end, y + down - 8, y + down)
             if all(start > e or end < s or y + down - 8 > low or y + down < high for s, e, high, low in boxes):
                 break
-        boxes.append(box)
+        boxes.append((start, end, y + down - 8, y + down))
         svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{name}: {r[metric]:.1f}</title>'
                    f'</circle><text x="{x + 6 * side:.1f}" y="{y + down:.1f}" font-size="10" fill="{colour}" '
                    f'text-anchor="{"start" if side > 0 else "end"}">{label}</text>')
