@@ -6,10 +6,10 @@
     python train.py --resume --out runs/m30k                          # go on after an interruption
     torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
 
-The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, bank.safetensors, baselines/ (and
-pseudo.json), checkpoint.pt while something trains, results.json and frontier.svg; `python assemble.py RUN --ratio 2`
-makes a model of it, and adds damage.json. In log.jsonl the last record of a step counts: some come twice after an
-interruption.
+The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, pseudo.json (what the teacher
+makes of the training sources), bank.safetensors, baselines/, checkpoint.pt while something trains, results.json and
+frontier.svg; `python assemble.py RUN --ratio 2` makes a model of it, and adds damage.json. In log.jsonl the last record
+of a step counts: some come twice after an interruption.
 """
 import argparse
 import ctypes
@@ -42,12 +42,14 @@ BASELINES = ("sft", "kd", "pseudo", "theseus")
 
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
 TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 16 bit to pay
+           targets="data",                             # there is one right answer, and the teacher gives it
            d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, steps=400,
            teacher_lr=1.5e-2, lr=3e-2, max_length=64)
-REAL = dict(dtype="auto", metric="bleu", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
+REAL = dict(dtype="auto", metric="bleu", targets="teacher", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
             teacher_steps=2820, steps=940, teacher_lr=3e-2, lr=3e-2, max_length=128)
-PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
+PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
+PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
 
 
 def parse_args(argv):
@@ -65,7 +67,7 @@ def parse_args(argv):
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
                    help="of matrix products in training; weights are float32")
     p.add_argument("--metric", choices=METRICS)
-    p.add_argument("--num-beams", type=int, default=1, help="for scoring, and for pseudo-labels")
+    p.add_argument("--num-beams", type=int, default=1, help="for scoring")
     p.add_argument("--layers", type=int, help="of each stack of a teacher from scratch")
     p.add_argument("--d-model", type=int, help="width of a teacher from scratch, a multiple of 32")
     p.add_argument("--vocab", type=int, help="pieces of a tokenizer trained on the corpus")
@@ -79,6 +81,8 @@ def parse_args(argv):
     p.add_argument("--lr", type=float, help="the same of the bank and the baselines")
     p.add_argument("--granularities", type=span_lengths,
                    help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
+    p.add_argument("--targets", choices=["data", "teacher"], help="what the bank and KD students learn to write: the "
+                   "targets of the training pairs, or what the teacher makes of their sources")
     p.add_argument("--init", choices=["first", "average"], default="first", help="how a module starts from its span")
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
     args = p.parse_args(argv)
@@ -186,26 +190,29 @@ def main(argv):
         if first:
             export(teacher, out / "spiece.model", out / "teacher")
 
+    batches = {"data": batches}
+    baselines = parse_baselines(args.baselines)
+    if args.targets == "teacher" or "pseudo" in [kind for kind, _, _ in baselines]:
+        batches["teacher"] = relabel(teacher, batches["data"], args)
+
     bank_file = out / "bank.safetensors"
     if bank_file.exists():
         bank = load_bank(bank_file, teacher).to(args.device).eval()
     else:
         bank = Bank(teacher, args.granularities and dict.fromkeys(STACKS, args.granularities), args.init)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
-        train_modules(teacher, bank, batches, args.steps, lr=args.lr, name="bank", **loop)
+        train_modules(teacher, bank, batches[args.targets], args.steps, lr=args.lr, name="bank", **loop)
         if first:
             (out / "damage.json").unlink(missing_ok=True)  # of an older bank
             save_bank(bank, bank_file)
 
-    baselines = {}
-    for kind, encoder, decoder in parse_baselines(args.baselines):
-        name = f"{kind} {encoder}+{decoder}"
-        baselines[name] = out / "baselines" / name.replace(" ", "-")
-        if not baselines[name].exists():
+    folders = {f"{kind} {e}+{d}": out / "baselines" / f"{kind}-{e}+{d}" for kind, e, d in baselines}
+    for (kind, encoder, decoder), (name, folder) in zip(baselines, folders.items()):
+        if not folder.exists():
             student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, score.valid)
             if first:
-                baselines[name].parent.mkdir(exist_ok=True)
-                export(student, out / "spiece.model", baselines[name])
+                folder.parent.mkdir(exist_ok=True)
+                export(student, out / "spiece.model", folder)
     if dist.is_initialized():
         dist.barrier()  # none leaves while another still talks to it
         dist.destroy_process_group()
@@ -215,7 +222,7 @@ def main(argv):
     score("teacher", teacher)
     for shape in study_shapes(teacher, bank):
         score(f"assembly {shape[0]}+{shape[1]}", assemble(teacher, bank, even_paths(teacher, bank, *shape)))
-    for name, folder in baselines.items():
+    for name, folder in folders.items():
         score(name, load_t5(folder).to(args.device))
     with new_file(out / "frontier.svg") as f:
         f.write(frontier(score.rows, args.metric).encode())
@@ -351,7 +358,10 @@ def check_plan(args, encoder, decoder):
 
 
 def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, valid):
-    """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank."""
+    """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank. batches:
+    {"data": Batches, "teacher": the same sources with the teacher's outputs as targets}; KD learns what the bank does.
+    """
+    batches = batches[{"kd": args.targets, "pseudo": "teacher"}.get(kind, "data")]
     if kind == "theseus":
         shape, n = dict(zip(STACKS, (encoder, decoder))), teacher.depths
         bank = Bank(teacher, {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in shape.items()}, args.init)
@@ -359,38 +369,38 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
         return assemble(teacher, bank, {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()})
     student = shrink(teacher, encoder, decoder)
     say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")
-    if kind == "pseudo":
-        batches = relabel(teacher, batches, args)
     train_student(student, batches, args.steps, teacher if kind == "kd" else None, lr=args.lr, name=name, **loop)
     return student
 
 
 def relabel(teacher, batches, args):
-    """The same sources with the teacher's outputs as targets (Kim & Rush 2016, https://arxiv.org/abs/1606.07947), which
-    pseudo.json keeps for the next student. Raises ValueError naming that file if it is of other sources."""
+    """The same sources with the teacher's outputs as targets (pseudo-labels; Kim & Rush 2016, sequence-level
+    distillation, https://arxiv.org/abs/1606.07947), which the run folder keeps in pseudo.json. Raises ValueError naming
+    that file if it is of other sources."""
     file, eos = args.out / "pseudo.json", teacher.config.eos_token_id
     sources = [source for source, _ in batches.examples]
     if not file.exists() and processes()[0] == 0:  # one does it for all: a near tie may fall otherwise elsewhere
-        write_json({"targets": translate(teacher, sources, args, "pseudo-labels")}, file)
+        say(f"pseudo-labels: what the teacher makes of {len(sources):,} sources, with {PSEUDO_BEAMS} beams")
+        write_json({"targets": translate(teacher, sources, PSEUDO_BEAMS, args, "pseudo-labels")}, file)
     if dist.is_initialized():
         dist.barrier()
     targets = read_json(file).get("targets", ())
     if len(targets) != len(sources):
         raise ValueError(f"{file}: {len(targets)} targets for {len(sources)} sources: remove it to make it anew")
     targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos] for ids in targets]  # cut: ended here
-    return Batches(list(zip(sources, targets)), args.batch_tokens, teacher.config.pad_token_id, args.seed)
+    return Batches(list(zip(sources, targets)), batches.tokens, batches.pad_id, batches.seed)
 
 
-def translate(model, sources, args, name):
+def translate(model, sources, num_beams, args, name):
     """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     outputs, size = [None] * len(order), 64
     for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=None):
         rows = order[i:i + size]
         ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
-        with memory_for(f"{name}: {args.num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
-                        f"--max-length or --num-beams"):
-            generated = model.generate(ids, args.max_length, args.num_beams).tolist()
+        with memory_for(f"{name}: {num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
+                        f"--max-length"):
+            generated = model.generate(ids, args.max_length, num_beams).tolist()
         for row, output in zip(rows, generated):
             outputs[row] = [token for token in output if token != model.config.pad_token_id]
     return outputs
@@ -451,7 +461,7 @@ class Scorer:
         """Measure what is not measured yet: metric, size, and speed-up over the teacher at batch 1, greedy."""
         if name in self.rows:
             return
-        outputs = translate(model, self.sources, self.args, name)
+        outputs = translate(model, self.sources, self.args.num_beams, self.args, name)
         quality = METRICS[self.args.metric]([self.tokenizer.decode(ids) for ids in outputs],
                                             [target for _, target in self.pairs])
         layers, full = [list(m.depths.values()) for m in (model, self.teacher)]

@@ -14,7 +14,6 @@ A seed is that of the bank or student, its batches and its sample of pairs; the 
 bank of the run's seed. Several processes may work on one run, with a part or a seed each. Not collected by pytest.
 Remove RUN/study after a change of the recipe.
 """
-import argparse
 import math
 import random
 import sys
@@ -30,8 +29,8 @@ from data import Batches, Tokenizer, encode_pairs
 from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
 from model import Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
 from modules import STACKS, Bank, by_granularity, load_bank, save_bank, with_layers
-from train import (BASELINES, METRICS, frontier, keep_heap, parse_args, parse_baselines, read_data, study_shapes,
-                   train_baseline, translate)
+from train import (BASELINES, METRICS, frontier, keep_heap, parse_args, parse_baselines, read_data, relabel,
+                   study_shapes, train_baseline, translate)
 
 PARTS = ("main", "beam", "little", "ablations", "teacher", "speed")
 LITTLE = (1000, 3000, 10000)
@@ -41,8 +40,9 @@ def without(term):
     return {name: weight for name, weight in WEIGHTS.items() if name != term}
 
 
-# name: what differs. options: of train_modules; grains: what stands in for by_granularity, so {granularity: the modules
-# of which its path is drawn}; lr: times the run's; tune: steps of fine-tuning each assembly has afterwards, as a share
+# name: what differs. options: of train_modules; targets: as --targets; grains: what stands in for by_granularity, so
+# {granularity: the modules of which its path is drawn}; lr: times the run's; tune: steps of fine-tuning each assembly
+# has afterwards, as a share
 VARIANTS = {
     "recipe": {},
     "half the rows": {"options": {"passes": 1.0}},
@@ -57,6 +57,7 @@ VARIANTS = {
     "no hidden-state loss": {"options": {"weights": without("hidden")}},
     "no attention loss": {"options": {"weights": without("attention")}},
     "no logit distillation": {"options": {"weights": without("logits")}},
+    "the data's targets": {"targets": "data"},
     "no cross-entropy": {"options": {"weights": without("ce")}},
     "granularity 2 alone": {"granularities": [2]},
     "granularity 3 alone": {"granularities": [3]},
@@ -138,13 +139,20 @@ class Study:
             print(key, value, flush=True)
         return self.results()[key]
 
+    def train(self, seed, rows=None):
+        """{"data": Batches, "teacher": Batches}, as `train_baseline` takes them, of some training pairs or of all."""
+        pairs = self.batches(self.encode(self.pairs["train"]), seed)
+        chosen = range(len(pairs.examples)) if rows is None else rows
+        return {name: self.batches([all_pairs.examples[row] for row in chosen], seed)
+                for name, all_pairs in (("data", pairs), ("teacher", relabel(self.teacher, pairs, self.args)))}
+
     def bank(self, name, batches, seed):
         """The bank of that name, trained if it is not there. That of the run's own seed and steps is the run's."""
         own = self.own_steps and name == f"bank-{self.args.seed}"
         file = self.args.out / "bank.safetensors" if own else self.folder / f"{name}.safetensors"
         if not file.exists():
             bank = Bank(self.teacher, self.args.granularities and dict.fromkeys(STACKS, self.args.granularities))
-            train_modules(self.teacher, bank, batches, self.args.steps, lr=self.args.lr, name=name,
+            train_modules(self.teacher, bank, batches[self.args.targets], self.args.steps, lr=self.args.lr, name=name,
                           **self.loop(name, seed))
             save_bank(bank, file)
         return load_bank(file, self.teacher).to(self.args.device).eval()
@@ -165,10 +173,9 @@ class Study:
 
     def metric(self, model, part, beams):
         """(what the model makes of a set's sources, lists of ids; the run's metric of it)."""
-        args = argparse.Namespace(**{**vars(self.args), "num_beams": beams})
-        outputs = translate(model, [source for source, _ in self.examples[part]], args, part)
-        return outputs, METRICS[args.metric](list(map(self.tokenizer.decode, outputs)),
-                                             [target for _, target in self.pairs[part]])
+        outputs = translate(model, [source for source, _ in self.examples[part]], beams, self.args, part)
+        return outputs, METRICS[self.args.metric](list(map(self.tokenizer.decode, outputs)),
+                                                  [target for _, target in self.pairs[part]])
 
     def score(self, model, part, generate=True):
         """{"loss": nats a token, "greedy": the run's metric, "identical": % of these outputs that are the teacher's,
@@ -192,7 +199,7 @@ class Study:
 def models(study, seed, students):
     """All models of the main table and of the grid of depths: (table, name, function that gives the model, trained if
     it is not there). The teacher; a bank's assemblies; static students."""
-    n, train = study.teacher.depths, study.batches(study.encode(study.pairs["train"]), seed)
+    n, train = study.teacher.depths, study.train(seed)
     bank = study.bank(f"bank-{seed}", train, seed)
     grid = [[n[stack] // k for k in (6, 3, 2, 1) if n[stack] // k in possible_depths(n[stack], bank.spans[stack])]
             for stack in STACKS]
@@ -211,8 +218,7 @@ def little_data(study, seed):
     """The teacher has seen all pairs; what compresses it sees a few."""
     steps, (n, _) = study.args.steps, study.teacher.depths.values()
     for k in (*LITTLE, len(study.pairs["train"])):
-        sample = random.Random(seed).sample(study.pairs["train"], k)
-        batches = study.batches(study.encode(sample), seed)
+        batches = study.train(seed, random.Random(seed).sample(range(len(study.pairs["train"])), k))
         title, rows = f"little {steps}", [(kind, n // ratio) for kind in ("bank", "sft", "kd") for ratio in (2, 6)]
         for kind, depth in rows:
             def score():
@@ -231,7 +237,7 @@ def ablation(study, name, seed):
     says, as deep as its modules alone make them."""
     variant, args, teacher = VARIANTS[name], study.args, study.teacher
     chosen, tune = variant.get("granularities", args.granularities), round(args.steps * variant.get("tune", 0.0))
-    batches = study.batches(study.encode(study.pairs["train"]), seed)
+    batches = study.train(seed)[variant.get("targets", args.targets)]
     bank = Bank(teacher, chosen and dict.fromkeys(STACKS, chosen), variant.get("init", "first"))
     distill.by_granularity = variant.get("grains", by_granularity)
     if "dropout" in variant:

@@ -81,7 +81,7 @@ def main(argv):
 
     def row(name, paths):
         model = assemble(teacher, bank, paths)
-        outputs = translate(model, [source for source, _ in examples], args, name)
+        outputs = translate(model, [source for source, _ in examples], 1, args, name)
         quality = METRICS[args.metric]([tokenizer.decode(ids) for ids in outputs], [target for _, target in unseen])
         e, d = model.depths.values()
         return f"{e}+{d} | {speed(paths):.2f}x | {loss(paths):.3f} | {quality:.1f}"

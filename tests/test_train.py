@@ -92,10 +92,11 @@ FILES = ["--train", "a", "--valid", "b", "--test", "c"]
 SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "first",
             "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab": 200, "batch_tokens": 2048,
-       "teacher_steps": 900, "teacher_lr": 1.5e-2, "steps": 400,
+       "teacher_steps": 900, "teacher_lr": 1.5e-2, "steps": 400, "targets": "data",
        "max_length": 64, "baselines": "sft:3+3,kd:3+3,sft:1+1,kd:1+1"}
 REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
-        "teacher_steps": 2820, "teacher_lr": 3e-2, "steps": 940, "max_length": 128, "baselines": ""}
+        "teacher_steps": 2820, "teacher_lr": 3e-2, "steps": 940, "targets": "teacher", "max_length": 128,
+        "baselines": ""}
 
 
 @pytest.mark.parametrize("options, settings", (
@@ -376,7 +377,7 @@ def test_outputs_are_in_order_and_without_padding():
     model = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=1,
                                     num_decoder_layers=1, tie_word_embeddings=False)).eval()
     sources = [[2 + i % 18] * (1 + i * 7 % 5) + [1] for i in range(70)]  # more than one batch, of any lengths
-    found = train.translate(model, sources, Namespace(max_length=4, num_beams=1, device="cpu"), "teacher")
+    found = train.translate(model, sources, 1, Namespace(max_length=4, device="cpu"), "teacher")
     assert len(set(map(tuple, found))) > 5, "outputs that are all alike would not show their order"
     for source, ids in zip(sources, found, strict=True):
         alone = model.generate(torch.tensor([source]), 4)[0].tolist()
@@ -384,32 +385,44 @@ def test_outputs_are_in_order_and_without_padding():
 
 
 def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
-    outputs = [[[5, 6, 1], [5, 6, 7], [5, 6], []]]  # once: the second student has them from the run folder
-    monkeypatch.setattr(train, "translate", lambda *_: outputs.pop())
+    outputs = [[[5, 6, 1], [5, 6, 7], [5, 6], []]]  # once: the next run has them from the run folder
+    monkeypatch.setattr(train, "translate", lambda teacher, sources, num_beams, *_: outputs.pop() if num_beams == 4
+                        else None)
     pairs = [([9 + i, 1], [8, 1]) for i in range(4)]
-    args = Namespace(out=tmp_path, max_length=3, batch_tokens=9, seed=0)
+    args = Namespace(out=tmp_path, max_length=3)
     for k in (4, 4, 3):
-        batches, teacher = train.Batches(pairs[:k], 100, 0, 0), Namespace(config=train.T5Config())
+        batches, teacher = train.Batches(pairs[:k], 10, 0, seed=5), Namespace(config=train.T5Config())
         if k == 3:
             with pytest.raises(ValueError, match=r"pseudo.json: 4 targets for 3 sources: remove it"):
                 train.relabel(teacher, batches, args)
         else:
-            assert train.relabel(teacher, batches, args).examples == [
+            found = train.relabel(teacher, batches, args)
+            assert found.examples == [
                 ([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
                 "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
+            assert (found.tokens, found.pad_id, found.seed) == (10, 0, 5), "batches like those of the pairs"
 
 
-@pytest.mark.parametrize("kind, relabelled", (("pseudo", True), ("sft", False), ("kd", False)))
-def test_pseudo_labels_alone_are_the_teachers(monkeypatch, kind, relabelled):
-    seen = []
-    monkeypatch.setattr(train, "relabel", lambda teacher, batches, args: "the teacher's outputs")
-    monkeypatch.setattr(train, "train_student", lambda student, batches, steps, teacher, **_: seen.append(
-        (batches, teacher)))
-    teacher = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=2,
-                                      num_decoder_layers=2))
-    train.train_baseline(kind, 1, 1, teacher, "the pairs", Namespace(steps=1, lr=0.1), kind, {}, lambda model: 1.0)
-    assert seen == [("the teacher's outputs" if relabelled else "the pairs", teacher if kind == "kd" else None)], \
-        "KD alone has the teacher in its loss"
+@pytest.mark.parametrize("targets", ("data", "teacher"))
+def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
+    learnt, distilled = {}, []
+
+    def training(*args, name, **_):
+        batches = next(arg for arg in args if isinstance(arg, train.Batches))
+        learnt[name] = "teacher" if batches.examples[0][1] == [7, 1] else "data"
+
+    def student(model, batches, steps, teacher=None, **options):
+        training(batches, **options)
+        distilled.extend([options["name"]] if teacher else [])
+    monkeypatch.setattr(train, "relabel", lambda teacher, batches, args: train.Batches(
+        [(source, [7, 1]) for source, _ in batches.examples], batches.tokens, batches.pad_id, batches.seed))
+    monkeypatch.setattr(train, "train_student", student)
+    monkeypatch.setattr(train, "train_modules", training)
+    train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(tmp_path / "run"), "--targets", targets,
+                "--baselines", "sft:1+1,kd:1+1,pseudo:1+1,theseus:1+1"])
+    assert learnt == {"teacher": "data", "bank": targets, "sft 1+1": "data", "kd 1+1": targets,
+                      "pseudo 1+1": "teacher", "theseus 1+1": "data"}, "the bank and KD alike; the others by their names"
+    assert distilled == ["kd 1+1"], "of the students KD alone has the teacher in its loss"
 
 
 def test_the_others_wait_for_the_first_and_end_when_it_fails(monkeypatch):
@@ -613,7 +626,8 @@ def test_a_loss_that_explodes_is_one_line(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("where, words", (
     ("losses", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
-    ("generate", ("teacher: 3 beams for 10 sentences", "--num-beams"))))
+    ("pseudo-labels", ("pseudo-labels: 4 beams for 64 sentences", "--max-length")),
+    ("scoring", ("teacher: 3 beams for 10 sentences", "--max-length"))))
 def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, words):
     def full(*_, **__):
         torch.empty(10**15)
@@ -623,7 +637,8 @@ def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, 
     else:
         monkeypatch.setattr(train, "show_sample", lambda *_: None)
         monkeypatch.setattr(train.T5, "generate", full)
-        err = fails(files, tmp_path / "run", capsys, "--num-beams", "3")
+        err = fails(files, tmp_path / "run", capsys, "--num-beams", "3",
+                    *(["--targets", "data"] if where == "scoring" else []))
     assert all(word in err for word in words), err
 
 
