@@ -10,7 +10,8 @@
 
 A bank of a 12+12 teacher makes 85,264 models. The search measures once, on a few hundred validation pairs, the damage
 of each module, and of each two neighbours, adds damages up along a path, finds the best path of every depth by dynamic
-programming, and scores the best few pairs of paths for real.
+programming, and scores the best few pairs of paths for real. Damage is how much farther from the teacher's
+probabilities those of the model are.
 """
 import math
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from distill import validation_loss
+from distill import logit_distillation, run_stacks
 from model import (Cache, Parser, command_line, load_t5, read_json, read_safetensors, save_t5, write_json,
                    write_safetensors)
 from modules import STACKS, check_path, load_bank, path_of, spans_from, with_layers
@@ -135,23 +136,40 @@ def neighbours(spans):
     return [(span,) for span in spans] + [(a, b) for a in spans for b in spans if a[1] == b[0]]
 
 
+@torch.no_grad()
+def divergences(teacher, models, batches):
+    """How far each of `models`, pairs (frame, {"encoder": layers, "decoder": layers}), is from the teacher: the mean of
+    KL(p_teacher || p_model) over the target tokens, in nats.
+
+    Not the loss on these targets: that looks at one word of each distribution, the one that happened to be written, and
+    on 300 pairs it is too noisy to tell like assemblies apart (README, "What did not work").
+    """
+    total, count = [0.0] * len(models), 0
+    for source, target in batches:
+        source, target = (ids.to(teacher.embedding.weight.device) for ids in (source, target))
+        theirs = run_stacks(teacher, source, target)["logits"]  # once for all models
+        for i, (frame, layers) in enumerate(models):
+            ours = run_stacks(frame, source, target, layers)["logits"]
+            total[i] += len(theirs) * logit_distillation(ours, theirs).item()
+        count += len(theirs)
+    return [each / count for each in total]
+
+
 def damages(teacher, bank, batches):
-    """By how many nats a token the validation loss of the teacher's layers, in the bank's frame, rises when modules
+    """By how many nats a token the teacher's layers, in the bank's frame, move away from the teacher when modules
     replace some: {"encoder": {(span,): by this one alone, (a, b): by these two beyond the sum of both, ...}, "decoder":
     ...}. Modules of one length trained side by side: beside each other they do less than beside the teacher's layers.
     """
-    whole = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}
-
-    def loss(stack, modules):
-        """Nats a token, with these modules of one stack."""
+    whole, result = {stack: path_of([1] * n) for stack, n in teacher.depths.items()}, {stack: {} for stack in STACKS}
+    cases = [(stack, modules) for stack in STACKS for modules in neighbours(bank.spans[stack])]
+    models = [(bank.frame, bank.layers(teacher, whole))]
+    for stack, modules in cases:
         kept = [(i, j) for i, j in whole[stack] if not any(start <= i < stop for start, stop in modules)]
-        return validation_loss(bank.frame, batches, bank.layers(teacher, {**whole, stack: sorted([*kept, *modules])}))
-    base, result = loss("encoder", ()), {}
-    for stack in STACKS:
-        result[stack] = found = {}
-        for modules in tqdm(neighbours(bank.spans[stack]), desc=f"{stack} modules", leave=False, disable=None):
-            alone = sum(found.get((span,), 0.0) for span in modules)  # of two: single modules come first
-            found[modules] = loss(stack, modules) - base - alone
+        models.append((bank.frame, bank.layers(teacher, {**whole, stack: sorted([*kept, *modules])})))
+    base, *far = divergences(teacher, models, tqdm(batches, desc="modules", leave=False, disable=None))
+    for (stack, modules), each in zip(cases, far):
+        alone = sum(result[stack].get((span,), 0.0) for span in modules)  # of two: single modules come first
+        result[stack][modules] = each - base - alone
     return result
 
 
@@ -223,11 +241,11 @@ def candidates(teacher, bank, damage, allowed):
 
 
 def search(teacher, bank, damage, allowed, batches, k=8):
-    """The best assembly under a budget: of the k `candidates` with the least estimated damage, that with the least
-    validation loss; None if no depths are allowed."""
+    """The best assembly under a budget: of the k `candidates` with the least estimated damage, that which is nearest to
+    the teacher; None if no depths are allowed."""
     found = [paths for _, paths in candidates(teacher, bank, damage, allowed)[:k]]
-    return min(found, default=None, key=lambda paths: validation_loss(
-        frame_of(teacher, bank, paths), batches, bank.layers(teacher, paths)))
+    models = [(frame_of(teacher, bank, paths), bank.layers(teacher, paths)) for paths in found]
+    return min(zip(divergences(teacher, models, batches), found), default=(0, None), key=lambda pair: pair[0])[1]
 
 
 # ---- building, measuring, writing

@@ -147,13 +147,12 @@ def losses(student, source, target, weights, theirs=None, layers=None, paths=Non
 
 
 @torch.no_grad()
-def validation_loss(model, batches, layers=None):
-    """Cross-entropy of some (source, target) batches, in nats a token: has it converged, does it overfit, what does a
-    module cost? layers as in `losses`."""
+def validation_loss(model, batches):
+    """Cross-entropy of some (source, target) batches, in nats a token: has it converged, does it overfit?"""
     device, total, count = model.embedding.weight.device, 0.0, 0
     for source, target in batches:
         tokens = (target != model.config.pad_token_id).sum().item()
-        ce = losses(model, source.to(device), target.to(device), CE_ONLY, layers=layers)["ce"]
+        ce = losses(model, source.to(device), target.to(device), CE_ONLY)["ce"]
         total, count = total + tokens * ce.item(), count + tokens
     return total / count
 

@@ -3,9 +3,10 @@
     python train.py --out run                  # or any other run that has finished
     python tests/bench_search.py run --random 60
 
-Prints the rank correlation (Spearman) of the estimated damage with the loss on validation pairs that the estimate has
-not seen, how far the predicted speed-ups are off, and for five budgets each rule's assembly beside the one that the
-search finds at the same predicted speed. The test pairs are not touched. Not collected by pytest.
+Prints the rank correlation (Spearman) of the estimated damage with the divergence from the teacher, and with the loss,
+on validation pairs that the estimate has not seen, how far the predicted speed-ups are off, and for five budgets each
+rule's assembly beside the one that the search finds at the same predicted speed. The test pairs are not touched. Not
+collected by pytest.
 """
 import random
 import statistics
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assemble import (STRATEGIES, assemble, assemblies, choose, load_batches, path_damage, predictors, read_damages,
-                      search, speedup)
+from assemble import (STRATEGIES, assemble, assemblies, choose, divergences, load_batches, path_damage, predictors,
+                      read_damages, search, speedup)
 from data import Batches, Tokenizer, encode_pairs
 from distill import validation_loss
 from model import Parser, command_line, load_t5
@@ -64,16 +65,20 @@ def main(argv):
         return sum(path_damage(damage[stack])(*pair) for stack in STACKS
                    for pair in zip([None, *paths[stack]], paths[stack]))
 
+    def divergence(paths):
+        return divergences(teacher, [(bank.frame, bank.layers(teacher, paths))], batches)[0]
+
     def loss(paths):
-        return validation_loss(bank.frame, batches, bank.layers(teacher, paths))
+        return validation_loss(assemble(teacher, bank, paths), batches)
 
     rng, points = random.Random(0), []
     for _ in range(asked.random):
         rate = rng.random()  # from hardly any module to modules alone
         paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
-        points.append((estimate(paths), loss(paths), speed(paths), paths))
-    guess, truth, *_ = zip(*points)
-    print(f"rank correlation of estimate and loss over {len(points)} random assemblies: {spearman(guess, truth):.3f}")
+        points.append((estimate(paths), divergence(paths), loss(paths), paths))
+    guess, *truths, _ = zip(*points)
+    print("rank correlation of the estimate with divergence and loss over {} random assemblies: {:.3f}, {:.3f}".format(
+        len(points), *(spearman(guess, truth) for truth in truths)))
     off = [abs(speed(paths) / speedup(teacher, assemble(teacher, bank, paths), source) - 1)
            for *_, paths in points[:12]]
     print(f"predicted speed-up off the measured one, 12 of them: median {100 * statistics.median(off):.0f} %, "
@@ -84,10 +89,10 @@ def main(argv):
         outputs = translate(model, [source for source, _ in examples], 1, args, name)
         quality = METRICS[args.metric]([tokenizer.decode(ids) for ids in outputs], [target for _, target in unseen])
         e, d = model.depths.values()
-        return f"{e}+{d} | {speed(paths):.2f}x | {loss(paths):.3f} | {quality:.1f}"
-    head = f"layers | speed-up | loss | {args.metric}"
+        return f"{e}+{d} | {speed(paths):.2f}x | {divergence(paths):.3f} | {loss(paths):.3f} | {quality:.1f}"
+    head = f"layers | speed-up | divergence | loss | {args.metric}"
     print(f"| rule | its {head} | the search's {head} | seconds |\n"
-          "|---|---|---:|---:|---:|---|---:|---:|---:|---:|")
+          "|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|")
     for strategy in STRATEGIES:
         for ratio in (1.2, 1.5, 2, 3, 4):
             rule = choose(bank, teacher, ratio, strategy)

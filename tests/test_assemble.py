@@ -399,25 +399,48 @@ def test_count_paths_by_hand():
     assert a.count_paths(4, [(0, 2), (2, 4), (0, 4)]) == 5, "and 4"
 
 
-def test_damage_is_the_rise_of_the_loss():
+def divergence_by_hand(teacher, model):
+    """The mean over real tokens of sum_v p_teacher(v) log(p_teacher(v) / p_model(v)) on BATCHES."""
+    total = []
+    for source, target in BATCHES:
+        start = torch.cat([torch.full((len(target), 1), teacher.config.decoder_start_token_id), target[:, :-1]], 1)
+        p, q = (each(source, start).detach()[target != 0].softmax(-1) for each in (teacher, model))
+        total.append((p * (p / q).log()).sum(-1))
+    assert len(set(map(len, total))) > 1, "batches of like size could be averaged wrongly unseen"
+    return torch.cat(total).mean().item()
+
+
+def test_divergences_by_hand():
+    teacher = tiny()
+    bank = make_bank(teacher)
+    paths = [{"encoder": [(0, 2), (2, 3), (3, 4)], "decoder": mod.path_of([3, 1, 1, 1])},
+             {"encoder": mod.path_of([1] * 4), "decoder": mod.path_of([3, 3])}]
+    found = a.divergences(teacher, [(bank.frame, bank.layers(teacher, each)) for each in paths], BATCHES)
+    expected = [divergence_by_hand(teacher, a.assemble(teacher, bank, each)) for each in paths]
+    assert found == pytest.approx(expected, rel=1e-3) and min(expected) > 1e-3 and found[0] != found[1]
+    own = {stack: getattr(teacher, stack).layers for stack in mod.STACKS}
+    assert a.divergences(teacher, [(teacher, own)], BATCHES) == [0.0], "the teacher is where it is"
+
+
+def test_damage_is_the_rise_of_the_divergence():
     teacher = tiny()
     bank = make_bank(teacher)
     found, whole = a.damages(teacher, bank, BATCHES), {s: list(getattr(teacher, s).layers) for s in mod.STACKS}
-    base = distill.validation_loss(mod.with_layers(bank.frame, whole), BATCHES)
+    base = divergence_by_hand(teacher, mod.with_layers(bank.frame, whole))
 
     def rise(stack, *modules):
         lengths = {s: [1] * teacher.depths[s] for s in mod.STACKS}
         for start, stop in reversed(modules):
             lengths[stack][start:stop] = [stop - start]
         model = a.assemble(teacher, bank, {s: mod.path_of(lengths[s]) for s in mod.STACKS})
-        return distill.validation_loss(model, BATCHES) - base
+        return divergence_by_hand(teacher, model) - base
     for stack in mod.STACKS:
         spans = bank.spans[stack]
         pairs = {(x, y) for x in spans for y in spans if x[1] == y[0]}
         assert set(found[stack]) == {(span,) for span in spans} | pairs, "every module, and every two neighbours"
     for stack, span in (("encoder", (2, 4)), ("decoder", (0, 3)), ("decoder", (4, 6))):
         assert found[stack][span,] == pytest.approx(rise(stack, span), abs=1e-6) and abs(rise(stack, span)) > 1e-4, \
-            f"{stack} {span}: the loss with this module, less that without, in the bank's frame"
+            f"{stack} {span}: the divergence with this module, less that without, in the bank's frame"
     for stack, x, y in (("encoder", (0, 2), (2, 4)), ("decoder", (0, 3), (3, 6)), ("decoder", (2, 4), (4, 6))):
         more = rise(stack, x, y) - rise(stack, x) - rise(stack, y)
         assert found[stack][x, y] == pytest.approx(more, abs=1e-6) and abs(more) > 1e-5, \
@@ -497,11 +520,12 @@ def test_search_scores_the_candidates_for_real(monkeypatch):
     bank = make_bank(teacher)
     damage = every_damage(bank)  # an estimate that knows nothing
     found = a.search(teacher, bank, damage, lambda e, d: e + d <= 8, BATCHES, k=1000)
-    loss = {str(paths): distill.validation_loss(a.assemble(teacher, bank, paths), BATCHES)
-            for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 8)}
-    assert len(loss) > 10 and loss[str(found)] == min(loss.values()), "the candidate with the least loss wins"
+    far = {str(paths): divergence_by_hand(teacher, a.assemble(teacher, bank, paths))
+           for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 8)}
+    assert len(far) > 10 and far[str(found)] == min(far.values()), "the candidate nearest to the teacher wins"
     scored = []
-    monkeypatch.setattr(a, "validation_loss", lambda model, batches, layers: scored.append(model) or len(scored))
+    monkeypatch.setattr(a, "divergences", lambda teacher, models, batches: [
+        scored.append(frame) or len(scored) for frame, _ in models])
     a.search(teacher, bank, damage, lambda e, d: e + d >= 9, BATCHES, k=1000)
     assert scored.count(teacher) == 1 and set(scored) == {teacher, bank.frame}, \
         "what is scored is what would be built: without a module the teacher in its own frame, else the bank's"

@@ -421,7 +421,7 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
     train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(tmp_path / "run"), "--targets", targets,
                 "--baselines", "sft:1+1,kd:1+1,pseudo:1+1,theseus:1+1"])
     assert learnt == {"teacher": "data", "bank": targets, "sft 1+1": "data", "kd 1+1": targets,
-                      "pseudo 1+1": "teacher", "theseus 1+1": "data"}, "the bank and KD alike; the others by their names"
+                      "pseudo 1+1": "teacher", "theseus 1+1": "data"}, "the bank and KD alike; others by their names"
     assert distilled == ["kd 1+1"], "of the students KD alone has the teacher in its loss"
 
 
