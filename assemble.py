@@ -10,8 +10,8 @@
 
 A bank of a 12+12 teacher makes 85,264 models. The search measures once, on a few hundred validation pairs, the damage
 of each module, and of each two neighbours, adds damages up along a path, finds the best path of every depth by dynamic
-programming, and scores the best few pairs of paths for real. Damage is how much farther from the teacher's
-probabilities those of the model are.
+programming, and scores the best few pairs of paths for real, with the even paths of their depths. Damage is how much
+farther from the teacher's probabilities those of the model are.
 """
 import math
 import os
@@ -241,9 +241,13 @@ def candidates(teacher, bank, damage, allowed):
 
 
 def search(teacher, bank, damage, allowed, batches, k=8):
-    """The best assembly under a budget: of the k `candidates` with the least estimated damage, that which is nearest to
-    the teacher; None if no depths are allowed."""
-    found = [paths for _, paths in candidates(teacher, bank, damage, allowed)[:k]]
+    """The best assembly under a budget: of the k `candidates` with the least estimated damage, and the even paths of
+    the same depths, that which is nearest to the teacher; None if no depths are allowed. Even paths, as what trained
+    together as a whole may do better than any two neighbours of it tell."""
+    found = []
+    for _, paths in candidates(teacher, bank, damage, allowed)[:k]:
+        even = even_paths(teacher, bank, *map(len, paths.values()))
+        found += [paths] if even == paths else [paths, even]
     models = [(frame_of(teacher, bank, paths), bank.layers(teacher, paths)) for paths in found]
     return min(zip(divergences(teacher, models, batches), found), default=(0, None), key=lambda pair: pair[0])[1]
 

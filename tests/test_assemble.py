@@ -523,6 +523,13 @@ def test_search_scores_the_candidates_for_real(monkeypatch):
     far = {str(paths): divergence_by_hand(teacher, a.assemble(teacher, bank, paths))
            for _, paths in a.candidates(teacher, bank, damage, lambda e, d: e + d <= 8)}
     assert len(far) > 10 and far[str(found)] == min(far.values()), "the candidate nearest to the teacher wins"
+    even = a.even_paths(teacher, bank, 3, 4)
+    for stack in mod.STACKS:
+        for span in even[stack]:
+            damage[stack][span,] = 9.0 * (span[1] - span[0] > 1)  # an estimate that is wrong about the even path
+    monkeypatch.setattr(a, "divergences", lambda teacher, models, batches: [
+        layers != bank.layers(teacher, even) for _, layers in models])
+    assert a.search(teacher, bank, damage, lambda e, d: (e, d) == (3, 4), BATCHES) == even, "even paths are scored, too"
     scored = []
     monkeypatch.setattr(a, "divergences", lambda teacher, models, batches: [
         scored.append(frame) or len(scored) for frame, _ in models])
@@ -531,7 +538,9 @@ def test_search_scores_the_candidates_for_real(monkeypatch):
         "what is scored is what would be built: without a module the teacher in its own frame, else the bank's"
     scored.clear()
     a.search(teacher, bank, damage, lambda e, d: True, BATCHES)
-    assert len(scored) == 8, "eight by default"
+    uneven = sum(paths != a.even_paths(teacher, bank, *map(len, paths.values()))
+                 for _, paths in a.candidates(teacher, bank, damage, lambda e, d: True)[:8])
+    assert len(scored) == 8 + uneven, "eight by default, and the even paths of these depths"
     assert a.search(teacher, bank, damage, lambda e, d: False, BATCHES) is None, "nothing is within this budget"
 
 
