@@ -174,18 +174,18 @@ def damages(teacher, bank, batches):
 
 
 def read_damages(run, teacher, bank, batches):
-    """`damages`, from RUN/damage.json, {"encoder": {"0-2": 0.01, "0-2,2-4": -0.001, ...}, "decoder": ...}, which is
-    written on first use. Raises ValueError naming the file if it does not fit the bank."""
+    """`damages`, from RUN/damage.json, {"divergence": {"encoder": {"0-2": 0.01, "0-2,2-4": -0.001, ...}, "decoder":
+    ...}}, which is written on first use. Raises ValueError naming the file if it does not fit the bank."""
     file = run / "damage.json"
     names = {stack: {modules: ",".join(f"{a}-{b}" for a, b in modules) for modules in neighbours(bank.spans[stack])}
              for stack in STACKS}
     if not file.exists():
         found = damages(teacher, bank, batches)
-        write_json({stack: {name: found[stack][modules] for modules, name in names[stack].items()}
-                    for stack in STACKS}, file)
+        write_json({"divergence": {stack: {name: found[stack][modules] for modules, name in names[stack].items()}
+                                   for stack in STACKS}}, file)
     stored = read_json(file)
     try:
-        return {stack: {modules: float(stored[stack][name]) for modules, name in names[stack].items()}
+        return {stack: {modules: float(stored["divergence"][stack][name]) for modules, name in names[stack].items()}
                 for stack in STACKS}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
