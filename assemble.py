@@ -248,8 +248,10 @@ def search(teacher, bank, damage, allowed, batches, k=8):
     for _, paths in candidates(teacher, bank, damage, allowed)[:k]:
         even = even_paths(teacher, bank, *map(len, paths.values()))
         found += [paths] if even == paths else [paths, even]
-    models = [(frame_of(teacher, bank, paths), bank.layers(teacher, paths)) for paths in found]
-    return min(zip(divergences(teacher, models, batches), found), default=(0, None), key=lambda pair: pair[0])[1]
+    if not found:
+        return None
+    far = divergences(teacher, [(frame_of(teacher, bank, each), bank.layers(teacher, each)) for each in found], batches)
+    return found[far.index(min(far))]
 
 
 # ---- building, measuring, writing

@@ -177,20 +177,20 @@ def main(argv):
             log_file.flush()
 
     train, cut = encode_pairs(tokenizer, pairs["train"], args.max_length)
-    batches = Batches(train, args.batch_tokens, tokenizer.pad_id, args.seed)
+    batches = {"data": Batches(train, args.batch_tokens, tokenizer.pad_id, args.seed)}
     score = Scorer(args, tokenizer, pairs, teacher)
-    say(f"{len(train):,} training pairs, {len(batches)} batches an epoch; sequences cut at {args.max_length} tokens: "
-        f"{cut} of train, {score.cut['valid']} of valid, {score.cut['test']} of test; {args.device}, {args.dtype}")
+    say(f"{len(train):,} training pairs, {len(batches['data'])} batches an epoch; sequences cut at {args.max_length} "
+        f"tokens: {cut} of train, {score.cut['valid']} of valid, {score.cut['test']} of test; {args.device}, "
+        f"{args.dtype}")
     loop = dict(seed=args.seed, dtype=dtype, log=log, checkpoint=out / "checkpoint.pt")
 
     teacher.to(args.device)
     if not (out / "teacher").exists():
         say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")
-        train_student(teacher, batches, args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
+        train_student(teacher, batches["data"], args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
         if first:
             export(teacher, out / "spiece.model", out / "teacher")
 
-    batches = {"data": batches}
     baselines = parse_baselines(args.baselines)
     if args.targets == "teacher" or "pseudo" in [kind for kind, _, _ in baselines]:
         batches["teacher"] = relabel(teacher, batches["data"], args)
@@ -206,8 +206,10 @@ def main(argv):
             (out / "damage.json").unlink(missing_ok=True)  # of an older bank
             save_bank(bank, bank_file)
 
-    folders = {f"{kind} {e}+{d}": out / "baselines" / f"{kind}-{e}+{d}" for kind, e, d in baselines}
-    for (kind, encoder, decoder), (name, folder) in zip(baselines, folders.items()):
+    folders = {}
+    for kind, encoder, decoder in baselines:
+        name = f"{kind} {encoder}+{decoder}"
+        folder = folders[name] = out / "baselines" / name.replace(" ", "-")
         if not folder.exists():
             student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, score.valid)
             if first:

@@ -116,12 +116,9 @@ class Study:
         self.file = self.folder / "results.json"
         self.tokenizer, self.pairs = Tokenizer(run), read_data(self.args)
         self.teacher = load_t5(run / "teacher").to(self.args.device)
-        self.examples = {name: self.encode(self.pairs[name]) for name in ("valid", "test")}
+        self.examples = {name: encode_pairs(self.tokenizer, pairs, self.args.max_length)[0]
+                         for name, pairs in self.pairs.items()}
         self.teacher_outputs = {}  # by set
-
-    def encode(self, pairs):
-        """Pairs of token ids."""
-        return encode_pairs(self.tokenizer, pairs, self.args.max_length)[0]
 
     def batches(self, examples, seed):
         return Batches(examples, self.args.batch_tokens, self.tokenizer.pad_id, seed)
@@ -139,12 +136,14 @@ class Study:
             print(key, value, flush=True)
         return self.results()[key]
 
-    def train(self, seed, rows=None):
-        """{"data": Batches, "teacher": Batches}, as `train_baseline` takes them, of some training pairs or of all."""
-        pairs = self.batches(self.encode(self.pairs["train"]), seed)
-        chosen = range(len(pairs.examples)) if rows is None else rows
-        return {name: self.batches([all_pairs.examples[row] for row in chosen], seed)
-                for name, all_pairs in (("data", pairs), ("teacher", relabel(self.teacher, pairs, self.args)))}
+    def train(self, seed, targets, rows=None):
+        """{"data": Batches, "teacher": Batches}, as `train_baseline` takes them, with those of the two that `targets`
+        names, of all training pairs or of some rows."""
+        pairs = self.batches(self.examples["train"], seed)
+        found = {name: pairs if name == "data" else relabel(self.teacher, pairs, self.args) for name in targets}
+        if rows is None:
+            return found
+        return {name: self.batches([batches.examples[row] for row in rows], seed) for name, batches in found.items()}
 
     def bank(self, name, batches, seed):
         """The bank of that name, trained if it is not there. That of the run's own seed and steps is the run's."""
@@ -199,7 +198,11 @@ class Study:
 def models(study, seed, students):
     """All models of the main table and of the grid of depths: (table, name, function that gives the model, trained if
     it is not there). The teacher; a bank's assemblies; static students."""
-    n, train = study.teacher.depths, study.train(seed)
+    n = study.teacher.depths
+    if students is None:
+        students = ",".join(f"{kind}:{n['encoder'] // k}+{n['decoder'] // k}" for k in (2, 3, 6) for kind in BASELINES)
+    students = parse_baselines(students)
+    train = study.train(seed, {"data", study.args.targets} | {"teacher" for kind, _, _ in students if kind == "pseudo"})
     bank = study.bank(f"bank-{seed}", train, seed)
     grid = [[n[stack] // k for k in (6, 3, 2, 1) if n[stack] // k in possible_depths(n[stack], bank.spans[stack])]
             for stack in STACKS]
@@ -208,17 +211,16 @@ def models(study, seed, students):
     for e, d in dict.fromkeys(shapes + [(e, d) for e in grid[0] for d in grid[1]]):
         if (e, d) != tuple(n.values()):
             yield "main" if (e, d) in shapes else "grid", f"assembly {e}+{d}", lambda: study.assembly(bank, e, d)
-    if students is None:
-        students = ",".join(f"{kind}:{n['encoder'] // k}+{n['decoder'] // k}" for k in (2, 3, 6) for kind in BASELINES)
-    for kind, e, d in parse_baselines(students):
+    for kind, e, d in students:
         yield "main", f"{kind} {e}+{d}", lambda: study.student(kind, e, d, f"{kind}-{e}+{d}-{seed}", train, seed)
 
 
 def little_data(study, seed):
     """The teacher has seen all pairs; what compresses it sees a few."""
     steps, (n, _) = study.args.steps, study.teacher.depths.values()
-    for k in (*LITTLE, len(study.pairs["train"])):
-        batches = study.train(seed, random.Random(seed).sample(range(len(study.pairs["train"])), k))
+    everything = range(len(study.pairs["train"]))
+    for k in (*LITTLE, len(everything)):
+        batches = study.train(seed, {"data", study.args.targets}, random.Random(seed).sample(everything, k))
         title, rows = f"little {steps}", [(kind, n // ratio) for kind in ("bank", "sft", "kd") for ratio in (2, 6)]
         for kind, depth in rows:
             def score():
@@ -237,7 +239,8 @@ def ablation(study, name, seed):
     says, as deep as its modules alone make them."""
     variant, args, teacher = VARIANTS[name], study.args, study.teacher
     chosen, tune = variant.get("granularities", args.granularities), round(args.steps * variant.get("tune", 0.0))
-    batches = study.train(seed)[variant.get("targets", args.targets)]
+    targets = variant.get("targets", args.targets)
+    batches = study.train(seed, {targets})[targets]
     bank = Bank(teacher, chosen and dict.fromkeys(STACKS, chosen), variant.get("init", "first"))
     distill.by_granularity = variant.get("grains", by_granularity)
     if "dropout" in variant:
@@ -259,7 +262,7 @@ def ablation(study, name, seed):
 def reference_teacher(study, seed):
     """Our T5 and Hugging Face's, each from its own start, in the same loop on the same batches, scored alike."""
     from transformers import T5Config as Config, T5ForConditionalGeneration
-    batches, config = study.batches(study.encode(study.pairs["train"]), seed), study.teacher.config
+    batches, config = study.train(seed, {"data"})["data"], study.teacher.config
     options = dict(seed=seed, weights=CE_ONLY, lr=study.args.teacher_lr, dtype=getattr(torch, study.args.dtype))
 
     def theirs():

@@ -65,31 +65,30 @@ def main(argv):
         return sum(path_damage(damage[stack])(*pair) for stack in STACKS
                    for pair in zip([None, *paths[stack]], paths[stack]))
 
-    def divergence(paths):
-        return divergences(teacher, [(bank.frame, bank.layers(teacher, paths))], batches)[0]
+    def divergence(assemblies):
+        return divergences(teacher, [(bank.frame, bank.layers(teacher, paths)) for paths in assemblies], batches)
 
     def loss(paths):
         return validation_loss(assemble(teacher, bank, paths), batches)
 
-    rng, points = random.Random(0), []
+    rng, drawn = random.Random(0), []
     for _ in range(asked.random):
         rate = rng.random()  # from hardly any module to modules alone
-        paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
-        points.append((estimate(paths), divergence(paths), loss(paths), paths))
-    guess, *truths, _ = zip(*points)
+        drawn.append({stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS})
+    guess = list(map(estimate, drawn))
     print("rank correlation of the estimate with divergence and loss over {} random assemblies: {:.3f}, {:.3f}".format(
-        len(points), *(spearman(guess, truth) for truth in truths)))
+        len(drawn), spearman(guess, divergence(drawn)), spearman(guess, list(map(loss, drawn)))))
     off = [abs(speed(paths) / speedup(teacher, assemble(teacher, bank, paths), source) - 1)
-           for *_, paths in points[:12]]
+           for paths in drawn[:12]]
     print(f"predicted speed-up off the measured one, 12 of them: median {100 * statistics.median(off):.0f} %, "
           f"at most {100 * max(off):.0f} %\n")
 
-    def row(name, paths):
+    def row(name, paths, far):
         model = assemble(teacher, bank, paths)
         outputs = translate(model, [source for source, _ in examples], 1, args, name)
         quality = METRICS[args.metric]([tokenizer.decode(ids) for ids in outputs], [target for _, target in unseen])
         e, d = model.depths.values()
-        return f"{e}+{d} | {speed(paths):.2f}x | {divergence(paths):.3f} | {loss(paths):.3f} | {quality:.1f}"
+        return f"{e}+{d} | {speed(paths):.2f}x | {far:.3f} | {loss(paths):.3f} | {quality:.1f}"
     head = f"layers | speed-up | divergence | loss | {args.metric}"
     print(f"| rule | its {head} | the search's {head} | seconds |\n"
           "|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|")
@@ -99,7 +98,8 @@ def main(argv):
             start = time.perf_counter()
             found = search(teacher, bank, damage, lambda e, d: predict(e, d) >= speed(rule) - 1e-9, probe)
             took = time.perf_counter() - start
-            print(f"| {strategy} {ratio}x | {row('rule', rule)} | {row('search', found)} | {took:.1f} |", flush=True)
+            columns = map(row, ("rule", "search"), (rule, found), divergence([rule, found]))
+            print(f"| {strategy} {ratio}x | {' | '.join(columns)} | {took:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
