@@ -105,7 +105,7 @@ def train_tokenizer(texts, path, vocab_size):
 # puts them in this order, and a particle behind each word agrees with the word's class *and with the next particle*:
 # class 0 settles it, class 1 takes over the next one, class 2 turns it. So a particle may depend on every word after
 # its own, through a chain of steps from the last word to the first: the decoder, which writes from first to last, can
-# not walk along it, a stack of layers needs depth to. Word: (translation, class).
+# not walk along it. Word: (translation, class).
 TOY_WORDS = {
     "who": {"anna": ("mira", 0), "bob": ("tavo", 1), "the cat": ("sefi", 2), "a child": ("lunda", 0),
             "the king": ("orbo", 1), "my aunt": ("peka", 2), "a sailor": ("dremi", 0), "the fox": ("vulo", 1)},
