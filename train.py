@@ -13,6 +13,7 @@ of a step counts: some come twice after an interruption.
 """
 import argparse
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -49,6 +50,7 @@ REAL = dict(dtype="auto", metric="bleu", targets="teacher", layers=12, d_model=1
             teacher_steps=2820, steps=940, teacher_lr=3e-2, lr=3e-2, max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
+PORTION = 4096  # so many of these are made, and written, at a time
 PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
 
 
@@ -377,18 +379,25 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
 
 def relabel(teacher, batches, args):
     """The same sources with the teacher's outputs as targets (pseudo-labels; Kim & Rush 2016, sequence-level
-    distillation, https://arxiv.org/abs/1606.07947), which the run folder keeps in pseudo.json. Raises ValueError naming
-    that file if it is of other sources."""
+    distillation, https://arxiv.org/abs/1606.07947). The run folder keeps them in pseudo.json, where an interruption
+    loses one portion. Raises ValueError naming that file if it is of other sources."""
     file, eos = args.out / "pseudo.json", teacher.config.eos_token_id
     sources = [source for source, _ in batches.examples]
-    if not file.exists() and processes()[0] == 0:  # one does it for all: a near tie may fall otherwise elsewhere
-        say(f"pseudo-labels: what the teacher makes of {len(sources):,} sources, with {PSEUDO_BEAMS} beams")
-        write_json({"targets": translate(teacher, sources, PSEUDO_BEAMS, args, "pseudo-labels")}, file)
+    made = {"sources": hashlib.sha256(repr(sources).encode()).hexdigest(), "targets": []}
+    if file.exists():
+        stored = read_json(file)
+        if stored.get("sources") != made["sources"]:
+            raise ValueError(f"{file}: not of these {len(sources)} sources: remove it to make it anew")
+        made = stored
+    for start in range(len(made["targets"]), len(sources), PORTION):
+        say(f"pseudo-labels: what the teacher makes of {len(sources):,} sources with {PSEUDO_BEAMS} beams; {start:,} are "
+            f"there")
+        if processes()[0] == 0:  # one does it for all: a near tie may fall otherwise elsewhere
+            made["targets"] += translate(teacher, sources[start:start + PORTION], PSEUDO_BEAMS, args, "pseudo-labels")
+            write_json(made, file)
     if dist.is_initialized():
         dist.barrier()
-    targets = read_json(file).get("targets", ())
-    if len(targets) != len(sources):
-        raise ValueError(f"{file}: {len(targets)} targets for {len(sources)} sources: remove it to make it anew")
+    targets = read_json(file)["targets"]
     targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos] for ids in targets]  # cut: ended here
     return Batches(list(zip(sources, targets)), batches.tokens, batches.pad_id, batches.seed)
 

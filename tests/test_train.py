@@ -385,22 +385,31 @@ def test_outputs_are_in_order_and_without_padding():
 
 
 def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
-    outputs = [[[5, 6, 1], [5, 6, 7], [5, 6], []]]  # once: the next run has them from the run folder
-    monkeypatch.setattr(train, "translate", lambda teacher, sources, num_beams, *_: outputs.pop() if num_beams == 4
-                        else None)
-    pairs = [([9 + i, 1], [8, 1]) for i in range(4)]
+    """Four sources in portions of two, with an interrupt behind the first of them."""
+    asked, outputs = [], {9: [5, 6, 1], 10: [5, 6, 7], 11: [5, 6], 12: []}
+
+    def translate(teacher, sources, num_beams, *_):
+        asked.append([source[0] for source in sources])
+        if asked == [[9, 10], [11, 12]]:
+            raise KeyboardInterrupt
+        assert num_beams == 4
+        return [outputs[source[0]] for source in sources]
+    monkeypatch.setattr(train, "translate", translate)
+    monkeypatch.setattr(train, "PORTION", 2)
+    pairs, teacher = [([9 + i, 1], [8, 1]) for i in range(4)], Namespace(config=train.T5Config())
     args = Namespace(out=tmp_path, max_length=3)
-    for k in (4, 4, 3):
-        batches, teacher = train.Batches(pairs[:k], 10, 0, seed=5), Namespace(config=train.T5Config())
-        if k == 3:
-            with pytest.raises(ValueError, match=r"pseudo.json: 4 targets for 3 sources: remove it"):
-                train.relabel(teacher, batches, args)
-        else:
-            found = train.relabel(teacher, batches, args)
-            assert found.examples == [
-                ([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
-                "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
-            assert (found.tokens, found.pad_id, found.seed) == (10, 0, 5), "batches like those of the pairs"
+    with pytest.raises(KeyboardInterrupt):
+        train.relabel(teacher, train.Batches(pairs, 10, 0, seed=5), args)
+    for _ in range(2):
+        found = train.relabel(teacher, train.Batches(pairs, 10, 0, seed=5), args)
+        assert found.examples == [
+            ([9, 1], [5, 6, 1]), ([10, 1], [5, 6, 1]), ([11, 1], [5, 6, 1]), ([12, 1], [1])], \
+            "the same sources, the teacher's outputs as targets: of at most 3 tokens, the last of them eos"
+        assert (found.tokens, found.pad_id, found.seed) == (10, 0, 5), "batches like those of the pairs"
+        assert asked == [[9, 10], [11, 12], [11, 12]], "what is in the run folder is not made again"
+    for others in (pairs[:3], [*pairs[:3], ([13, 1], [8, 1])]):
+        with pytest.raises(ValueError, match=f"pseudo.json: not of these {len(others)} sources: remove it"):
+            train.relabel(teacher, train.Batches(others, 10, 0, seed=5), args)
 
 
 @pytest.mark.parametrize("targets", ("data", "teacher"))
