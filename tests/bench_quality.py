@@ -24,12 +24,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import distill
 from assemble import assemble, even_paths, export, parameters, possible_depths, speedup
 from data import Batches, Tokenizer, encode_pairs
 from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
 from model import Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
-from modules import STACKS, Bank, by_granularity, load_bank, save_bank, with_layers
+from modules import STACKS, Bank, load_bank, save_bank, with_layers
 from train import (BASELINES, METRICS, frontier, keep_heap, parse_args, parse_baselines, read_data, relabel,
                    study_shapes, train_baseline, translate)
 
@@ -41,27 +40,22 @@ def without(term):
     return {name: weight for name, weight in WEIGHTS.items() if name != term}
 
 
-# name: what differs. options: of train_modules; targets: as --targets; grains: what stands in for by_granularity, so
-# {granularity: the modules of which its path is drawn}; lr: times the run's
+# name: what differs. options: of train_modules; "its rows": as many as it has beside the others, passes * g / 16, that is,
+# where it shares the batch with the teacher's own layers alone, passes of 2 * (1 + g) / 16
 VARIANTS = {
     "recipe": {},
-    "half the rows": {"options": {"passes": 1.0}},
     "four times the rows": {"options": {"passes": 4.0}},
-    "mixed paths": {"grains": lambda spans: dict.fromkeys(by_granularity(spans), spans)},
-    "constant rate 1": {"options": {"rate_start": 1.0}},
-    "rate rises for 60 %": {"options": {"rate_rise": 0.6}},
-    "half the learning rate": {"lr": 0.5},
-    "twice the learning rate": {"lr": 2.0},
+    "rate 1 from the start": {"options": {"rate_start": 1.0}},
     "average init": {"init": "average"},
-    "with dropout": {"dropout": True},
     "no hidden-state loss": {"options": {"weights": without("hidden")}},
     "no attention loss": {"options": {"weights": without("attention")}},
+    "a quarter of the logit distillation": {"options": {"weights": {**WEIGHTS, "logits": 0.25}}},
     "no logit distillation": {"options": {"weights": without("logits")}},
-    "the data's targets": {"targets": "data"},
-    "no cross-entropy": {"options": {"weights": without("ce")}},
+    "no logit distillation, dropout": {"options": {"weights": without("logits")}, "dropout": True},
     "granularity 2 alone": {"granularities": [2]},
-    "granularity 3 alone": {"granularities": [3]},
+    "granularity 2 alone, its rows": {"granularities": [2], "options": {"passes": 2 * 3 / 16}},
     "granularity 6 alone": {"granularities": [6]},
+    "granularity 6 alone, its rows": {"granularities": [6], "options": {"passes": 2 * 7 / 16}},
 }
 
 
@@ -239,14 +233,12 @@ def ablation(study, name, seed):
     """{"6+6": {...}, ...}: `Study.score`, on the validation pairs, of the assemblies of a bank trained as the variant
     says, as deep as its modules alone make them."""
     variant, args, teacher = VARIANTS[name], study.args, study.teacher
-    chosen, targets = variant.get("granularities", args.granularities), variant.get("targets", args.targets)
-    batches = study.train(seed, {targets})[targets]
+    chosen, batches = variant.get("granularities", args.granularities), study.train(seed, {args.targets})[args.targets]
     bank = Bank(teacher, chosen and dict.fromkeys(STACKS, chosen), variant.get("init", "first"))
-    distill.by_granularity = variant.get("grains", by_granularity)
     if "dropout" in variant:
         bank.train = lambda mode: Bank.train(bank, True)
     started = time.time()
-    train_modules(teacher, bank, batches, args.steps, lr=args.lr * variant.get("lr", 1.0), name=f"{name} {seed}",
+    train_modules(teacher, bank, batches, args.steps, lr=args.lr, name=f"{name} {seed}",
                   **study.loop(f"{name}-{args.steps}", seed), **variant.get("options", {}))
     Bank.train(bank, False)
     scores, n = {"seconds": time.time() - started}, teacher.depths
