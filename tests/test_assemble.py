@@ -499,7 +499,7 @@ def every_damage(bank, damage=0.0):
 def test_candidates_are_the_best_of_all_assemblies():
     teacher, rng = tiny(), random.Random(0)
     bank = make_bank(teacher)
-    damage = {stack: {modules: rng.random() - 0.5 for modules in a.neighbours(bank.spans[stack])}
+    damage = {stack: {modules: rng.random() + 1.5 - len(modules) for modules in a.neighbours(bank.spans[stack])}
               for stack in mod.STACKS}
 
     def estimate(stack, path):
@@ -515,6 +515,17 @@ def test_candidates_are_the_best_of_all_assemblies():
     assert [total for total, _ in found] == pytest.approx([total for total, *_ in sorted(best.values())]), \
         "the least damage of modules and neighbours in both stacks, for each pair of depths within the budget"
     assert [tuple(paths.values()) for _, paths in found] == [entry[1:] for entry in sorted(best.values())]
+
+
+def test_of_those_that_do_no_damage_the_fastest():
+    teacher = tiny()
+    bank = make_bank(teacher)
+    for damage, depths in ((0.0, (1, 1)), (0.0004, (1, 1)), (0.0006, (4, 1)), (0.004, (4, 6))):
+        found = a.candidates(teacher, bank, every_damage(bank, damage), lambda e, d: True)
+        assert tuple(map(len, found[0][1].values())) == depths, "below a thousandth of a nat damage does not count"
+    order = sorted(itertools.product((0.0009, 0.002), (3, 4), (3, 4)),
+                   key=lambda each: a.rank(each[0], {"decoder": each[1] * "x", "encoder": each[2] * "x"}))
+    assert order == sorted(order), "damage, then layers of the decoder, then of the encoder"
 
 
 def test_search_scores_the_candidates_for_real(monkeypatch):
