@@ -166,8 +166,8 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
     Together they run `passes` times as many rows as the batch has, each on rows drawn for it, in proportion to g: such
     a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers has more to learn than
-    what stands for two. The encoder's granularity is drawn for each, with chances in proportion to it: both are chosen apart
-    later. On paths of mixed lengths, instead, a module stands beside others that it rarely meets again (README,
+    what stands for two. The encoder's granularity is drawn for each, with chances in proportion to it: both are chosen
+    apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely meets again (README,
     "Ablations"). "ce" and the other terms are means over the granularities.
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their

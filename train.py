@@ -390,15 +390,16 @@ def relabel(teacher, batches, args):
             raise ValueError(f"{file}: not of these {len(sources)} sources: remove it to make it anew")
         made = stored
     for start in range(len(made["targets"]), len(sources), PORTION):
-        say(f"pseudo-labels: what the teacher makes of {len(sources):,} sources with {PSEUDO_BEAMS} beams; {start:,} are "
-            f"there")
+        say(f"pseudo-labels: what the teacher makes of {len(sources):,} sources with {PSEUDO_BEAMS} beams; {start:,} "
+            f"are there")
         if processes()[0] == 0:  # one does it for all: a near tie may fall otherwise elsewhere
             made["targets"] += translate(teacher, sources[start:start + PORTION], PSEUDO_BEAMS, args, "pseudo-labels")
             write_json(made, file)
     if dist.is_initialized():
         dist.barrier()
-    targets = read_json(file)["targets"]
-    targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos] for ids in targets]  # cut: ended here
+        made = read_json(file)
+    targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos]  # cut: ended here
+               for ids in made["targets"]]
     return Batches(list(zip(sources, targets)), batches.tokens, batches.pad_id, batches.seed)
 
 

@@ -40,11 +40,10 @@ def without(term):
     return {name: weight for name, weight in WEIGHTS.items() if name != term}
 
 
-# name: what differs. options: of train_modules; "its rows": as many as it has beside the others, passes * g / 16, that is,
-# where it shares the batch with the teacher's own layers alone, passes of 2 * (1 + g) / 16
+# name: what differs. options: of train_modules. "Its rows": as many as in the recipe, where granularities 1, 2, 3, 4
+# and 6 share two batches, so 2 * g / 16 of one; beside granularity 1 alone that takes passes of 2 * (1 + g) / 16
 VARIANTS = {
     "recipe": {},
-    "four times the rows": {"options": {"passes": 4.0}},
     "rate 1 from the start": {"options": {"rate_start": 1.0}},
     "average init": {"init": "average"},
     "no hidden-state loss": {"options": {"weights": without("hidden")}},
@@ -249,8 +248,8 @@ def ablation(study, name, seed):
 
 
 def tuned(study, seed):
-    """What the paper does without: an assembly, once chosen, learns on as a KD student does, a tenth of the bank's steps
-    at a third of its rate. On the validation pairs."""
+    """What the paper does without: an assembly, once chosen, learns on as a KD student does, for a tenth of the bank's
+    steps at a third of its rate. On the validation pairs."""
     args, train = study.args, study.train(seed, {study.args.targets})
     bank = study.bank(f"bank-{seed}", train, seed)
     for k in (2, 3, 6):
