@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import StackOutput, memory_for, new_file
-from modules import STACKS, by_granularity, path_of, realised_rate, replacement_rate, sample_path, with_layers
+from modules import (STACKS, by_granularity, evenly, path_of, realised_rate, replacement_rate, sample_path,
+                     with_layers)
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
 CE_ONLY = {"ce": 1.0}
@@ -157,6 +158,53 @@ def validation_loss(model, batches):
     return total / count
 
 
+# ---- before the first step
+
+@torch.no_grad()
+def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
+    """Fit the output matrices of each module to the teacher's hidden states in closed form, by ridge regression.
+
+    What the sub-layers of a module add to the hidden state is W x: x (N, features) holds what their output matrices W
+    read, the heads' mixed values and the feed-forward activations, side by side. On (source, target) batches a module
+    gets the teacher's state before its span. Where its output falls short of the teacher's state after the span by r,
+    token by token, W moves by
+        D = argmin sum_n |r_n - D x_n|^2 + lambda |D|^2 = (sum_n r_n x_n^T) (sum_n x_n x_n^T + lambda I)^-1
+    with lambda the share `ridge` of a sub-layer's mean square of x. x changes with W, so it takes some rounds. Least
+    squares in place of layers that go is from https://arxiv.org/abs/2505.02819, which puts one matrix there.
+    """
+    teacher.eval(), bank.eval()
+    device, pad = teacher.embedding.weight.device, teacher.config.pad_token_id
+    batches = [tuple(ids.to(device) for ids in batch) for batch in batches]
+    theirs = [run_stacks(teacher, *batch) for batch in batches]
+    for stack in STACKS:
+        for start, stop in bank.spans[stack]:
+            module, seen = getattr(bank, stack)[f"{start}-{stop}"], {}
+            matrices = [part for name, part in module.named_modules() if name.rpartition(".")[2] in ("o", "wo")]
+            hooks = [matrix.register_forward_pre_hook(lambda own, x: seen.update({own: x[0]})) for matrix in matrices]
+            widths = [matrix.weight.size(1) for matrix in matrices]
+            for _ in range(rounds):
+                xx = rx = 0
+                for (source, target), states in zip(batches, theirs):
+                    layers = [lambda *_: (states[stack].states[start - 1], ()), module] if start else [module]
+                    if stack == "encoder":
+                        mask, output = source != pad, teacher.encode(source, layers)
+                    else:
+                        mask = target != pad
+                        output = teacher.decode(shift_right(target, teacher.config), states["encoder"].hidden,
+                                                source != pad, layers)
+                    x = torch.cat([seen[matrix] for matrix in matrices], -1)[mask]
+                    r = (states[stack].states[stop - 1] - output.states[-1])[mask]
+                    xx, rx = xx + x.T @ x, rx + r.T @ x
+                size = torch.cat([own.mean().expand(len(own)) for own in xx.diagonal().split(widths)])
+                for matrix, D in zip(matrices, torch.linalg.solve(xx + (ridge * size).diag(), rx, left=False)
+                                     .split(widths, 1)):
+                    matrix.weight += D
+            for hook in hooks:
+                hook.remove()
+    for parameter in bank.parameters() if dist.is_initialized() else ():
+        dist.broadcast(parameter, 0)  # the processes' last bits may differ
+
+
 # ---- the two kinds of training
 
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.3, passes=2.0,
@@ -171,8 +219,9 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     "Ablations"). "ce" and the other terms are means over the granularities.
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
-    targets have no noise, and matching them with noise did not help (README, "What did not work"). **loop goes to
-    `fit`."""
+    targets have no noise, and matching them with noise did not help (README, "What did not work"). Modules that see a
+    share s of the rows learn at sqrt(s) of the rate, as Adam's steps on smaller batches should
+    (https://arxiv.org/abs/2205.10287). **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
     distilling = bool(set(weights) - set(CE_ONLY))
     bank.train(not distilling)
@@ -181,6 +230,9 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     for own in grains.values():
         if distilling or not own:  # the teacher's own layers: the frame must serve them, too; or there is no module
             own[1] = []
+    lr_factors = {parameter: min(1.0, passes * g / sum(grains[stack])) ** 0.5 for stack in STACKS
+                  for g, spans in grains[stack].items() for start, stop in spans
+                  for parameter in getattr(bank, stack)[f"{start}-{stop}"].parameters()}
 
     def step_loss(step, source, target):
         """Paths of each granularity of the decoder, and what they cost: terms by name, and the rates to log."""
@@ -205,7 +257,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
                 rates[stack] += [realised_rate(paths[stack], spans[stack])] if spans[stack] else []
         return total, {"rate": rate, **{f"rate_{stack}": sum(own) / max(1, len(own)) for stack, own in rates.items()}}
 
-    fit(bank, step_loss, batches, steps, seed=seed, weights=weights, **loop)
+    fit(bank, step_loss, batches, steps, seed=seed, weights=weights, lr_factors=lr_factors, **loop)
     bank.eval()
 
 
@@ -235,17 +287,14 @@ def spread(n, k):
 
 
 def shrink(teacher, encoder_layers, decoder_layers):
-    """A smaller T5 whose layers are copies of the teacher's, evenly spaced from the first to the last.
-
-    Shleifer & Rush 2020, section 3.1 (https://arxiv.org/abs/2010.13002). Raises ValueError for a depth beyond the
-    teacher's or below 1.
-    """
+    """A smaller T5 whose layers are copies of the teacher's, evenly spaced from the first to the last (`evenly`).
+    Raises ValueError for a depth beyond the teacher's or below 1."""
     layers = {}
     for stack, k in zip(STACKS, (encoder_layers, decoder_layers)):
         own = getattr(teacher, stack).layers
         if not 1 <= k <= len(own):
             raise ValueError(f"a student of {k} {stack} layers: the teacher has {len(own)}")
-        layers[stack] = [own[round(i * (len(own) - 1) / max(k - 1, 1))] for i in range(k)]
+        layers[stack] = [own[i] for i in evenly(len(own), k)]
     return with_layers(teacher, layers)
 
 
@@ -285,15 +334,15 @@ def size(parameter):
     return 2.0 ** round(math.log2(max(1e-3, parameter.detach().float().square().mean().sqrt().item())))
 
 
-def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.float32, name="", log=None,
-        checkpoint=None, save_every=60.0):
+def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={}, dtype=torch.float32, name="",
+        log=None, checkpoint=None, save_every=60.0):
     """Move the parameters of `trained` for `steps` steps of AdamW.
 
     step_loss(step, source, target) -> (terms, facts): unweighted loss terms by name, and numbers to log.
     batches[k] gives step k's (source, target), so all that a step does follows from (seed, step): a run that was cut
     off goes on from its last checkpoint as if nothing had happened, bit for bit on a CPU with as many processes.
     dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`)
-    as a share of each tensor's `size` at the start.
+    as a share of each tensor's `size` at the start, times lr_factors[parameter] where that is given.
     log(record) receives a dict every 1 % of the steps; in float16 its "skipped" counts the steps since the last one
     whose gradients overflowed, which move nothing. checkpoint: a path, written every `save_every` seconds.
     Under torchrun every process takes its share of each batch's rows; the first alone logs and writes.
@@ -304,7 +353,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, dtype=torch.fl
     device = parameters[0].device
     rank, world = processes()
     state = load_checkpoint(checkpoint, name)
-    sizes = state["sizes"] if state else [size(parameter) for parameter in parameters]
+    sizes = state["sizes"] if state else [size(parameter) * lr_factors.get(parameter, 1.0) for parameter in parameters]
     groups = [{"params": [p for p, own in zip(parameters, sizes) if own == each], "size": each}
               for each in sorted(set(sizes))]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)

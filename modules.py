@@ -77,16 +77,16 @@ class Bank(nn.Module):
     words in another way than one of many (README, "Ablations").
 
     granularities: {"encoder": [2, 3], "decoder": [2, 3]}; by default all of `divisors`.
-    init: "average" starts a module as the mean of its span's layers, "first" as a copy of the first of them.
+    init: how a module starts, see `merge`. `distill.calibrate` then fits it to its span without a training step.
     """
-    def __init__(self, teacher, granularities=None, init="first"):
+    def __init__(self, teacher, granularities=None, init="copy"):
         super().__init__()
         self.spans = {}
         for stack in STACKS:
             layers = getattr(teacher, stack).layers
             chosen = divisors(len(layers)) if granularities is None else granularities[stack]
             self.spans[stack] = module_spans(len(layers), chosen)
-            modules = {f"{start}-{stop}": merge(layers[start:stop], init) for start, stop in self.spans[stack]}
+            modules = {f"{start}-{stop}": merge(layers, start, stop, init) for start, stop in self.spans[stack]}
             setattr(self, stack, nn.ModuleDict(modules))
         self.frame = with_layers(teacher, dict.fromkeys(STACKS, ()))
         self.requires_grad_(True)
@@ -99,16 +99,26 @@ class Bank(nn.Module):
 
 
 @torch.no_grad()
-def merge(layers, init):
-    """One new layer from several: their first, or the mean of their weights, tensor by tensor. Raises ValueError for
-    another init than "first" and "average"."""
-    module = copy.deepcopy(layers[0])
+def merge(layers, start, stop, init):
+    """A new layer for one span of all `layers` of a stack. init: "copy", a copy of one layer of the span, so that the
+    modules of a granularity are those layers that a static student keeps (`evenly`); "average", the mean of the span's
+    layers, tensor by tensor. Raises ValueError for another init."""
+    if init not in ("copy", "average"):
+        raise ValueError(f"init is {init!r}, not 'copy' or 'average'")
+    g = stop - start
+    module = copy.deepcopy(layers[evenly(len(layers), len(layers) // g)[start // g]])
     if init == "average":
-        for parameter, *others in zip(module.parameters(), *(layer.parameters() for layer in layers)):
+        for parameter, *others in zip(module.parameters(), *(layer.parameters() for layer in layers[start:stop])):
             parameter.copy_(torch.stack(others).mean(0))
-    elif init != "first":
-        raise ValueError(f"init is {init!r}, not 'first' or 'average'")
     return module
+
+
+def evenly(n, k):
+    """The indices of k of n layers, evenly spaced from the first to the last: 12, 4 -> [0, 4, 7, 11].
+
+    What to keep of a teacher: Shleifer & Rush 2020, section 3.1 (https://arxiv.org/abs/2010.13002).
+    """
+    return [round(i * (n - 1) / max(k - 1, 1)) for i in range(k)]
 
 
 def with_layers(teacher, layers):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from assemble import assemble, choose, even_paths, export, parameters, possible_depths, save_batches, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
-from distill import CE_ONLY, pick_dtype, processes, shrink, train_modules, train_student, validation_loss
+from distill import CE_ONLY, calibrate, pick_dtype, processes, shrink, train_modules, train_student, validation_loss
 from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, read_json,
                    write_json)
 from modules import STACKS, Bank, divisors, load_bank, module_spans, path_of, save_bank
@@ -50,6 +50,7 @@ REAL = dict(dtype="auto", metric="bleu", targets="teacher", layers=12, d_model=1
             teacher_steps=2820, steps=940, teacher_lr=3e-2, lr=3e-2, max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
+CALIBRATION = 8  # batches for fitting the modules before the first step
 PORTION = 4096  # so many of these are made, and written, at a time
 PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
 
@@ -85,7 +86,9 @@ def parse_args(argv):
                    help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
     p.add_argument("--targets", choices=["data", "teacher"], help="what the bank and KD students learn to write: the "
                    "targets of the training pairs, or what the teacher makes of their sources")
-    p.add_argument("--init", choices=["first", "average"], default="first", help="how a module starts from its span")
+    p.add_argument("--init", choices=["calibrated", "copy", "average"], default="calibrated",
+                   help="how a module starts: a copy of a layer of its span, fitted to the span in closed form; the copy "
+                   "alone; the mean of the span's layers")
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
     args = p.parse_args(argv)
     if args.resume:
@@ -201,7 +204,7 @@ def main(argv):
     if bank_file.exists():
         bank = load_bank(bank_file, teacher).to(args.device).eval()
     else:
-        bank = Bank(teacher, args.granularities and dict.fromkeys(STACKS, args.granularities), args.init)
+        bank = new_bank(teacher, batches[args.targets], args)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
         train_modules(teacher, bank, batches[args.targets], args.steps, lr=args.lr, name="bank", **loop)
         if first:
@@ -361,6 +364,15 @@ def check_plan(args, encoder, decoder):
             raise ValueError(f"--baselines {kind}:{e}+{d}: not a shape that equal spans make of {encoder}+{decoder}")
 
 
+def new_bank(teacher, batches, args):
+    """The bank before its first step, as --granularities and --init say."""
+    chosen = args.granularities and dict.fromkeys(STACKS, args.granularities)
+    bank = Bank(teacher, chosen, "average" if args.init == "average" else "copy")
+    if args.init == "calibrated":
+        calibrate(teacher, bank, [batches[k] for k in range(CALIBRATION)])
+    return bank
+
+
 def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, valid):
     """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank. batches:
     {"data": Batches, "teacher": the same sources with the teacher's outputs as targets}; KD learns what the bank does.
@@ -368,7 +380,7 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
     batches = batches[{"kd": args.targets, "pseudo": "teacher"}.get(kind, "data")]
     if kind == "theseus":
         shape, n = dict(zip(STACKS, (encoder, decoder))), teacher.depths
-        bank = Bank(teacher, {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in shape.items()}, args.init)
+        bank = Bank(teacher, {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in shape.items()})
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, name=name, **loop)
         return assemble(teacher, bank, {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()})
     student = shrink(teacher, encoder, decoder)

@@ -15,6 +15,7 @@ A seed is that of the bank or student, its batches and its sample of pairs; the 
 bank of the run's seed. Several processes may work on one run, with a part or a seed each. Not collected by pytest.
 Remove RUN/study after a change of the recipe.
 """
+import argparse
 import math
 import random
 import sys
@@ -29,7 +30,7 @@ from data import Batches, Tokenizer, encode_pairs
 from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
 from model import Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
 from modules import STACKS, Bank, load_bank, save_bank, with_layers
-from train import (BASELINES, METRICS, frontier, keep_heap, parse_args, parse_baselines, read_data, relabel,
+from train import (BASELINES, METRICS, frontier, keep_heap, new_bank, parse_args, parse_baselines, read_data, relabel,
                    study_shapes, train_baseline, translate)
 
 PARTS = ("main", "beam", "little", "ablations", "tuned", "teacher", "speed")
@@ -40,21 +41,24 @@ def without(term):
     return {name: weight for name, weight in WEIGHTS.items() if name != term}
 
 
-# name: what differs. options: of train_modules. "Its rows": as many as in the recipe, where granularities 1, 2, 3, 4
-# and 6 share two batches, so 2 * g / 16 of one; beside granularity 1 alone that takes passes of 2 * (1 + g) / 16
+# name: what differs. settings: train.py's; options: of train_modules. "Its rows": as many as in the recipe, where
+# granularities 1, 2, 3, 4 and 6 share two batches, so 2 * g / 16 of one; beside granularity 1 alone that takes passes
+# of 2 * (1 + g) / 16
 VARIANTS = {
     "recipe": {},
     "rate 1 from the start": {"options": {"rate_start": 1.0}},
-    "average init": {"init": "average"},
+    "modules as copies, not calibrated": {"settings": {"init": "copy"}},
+    "calibrated, not trained": {"settings": {"steps": 0}},
+    "modules as the mean of their layers": {"settings": {"init": "average"}},
     "no hidden-state loss": {"options": {"weights": without("hidden")}},
     "no attention loss": {"options": {"weights": without("attention")}},
     "a quarter of the logit distillation": {"options": {"weights": {**WEIGHTS, "logits": 0.25}}},
     "no logit distillation": {"options": {"weights": without("logits")}},
     "no logit distillation, dropout": {"options": {"weights": without("logits")}, "dropout": True},
-    "granularity 2 alone": {"granularities": [2]},
-    "granularity 2 alone, its rows": {"granularities": [2], "options": {"passes": 2 * 3 / 16}},
-    "granularity 6 alone": {"granularities": [6]},
-    "granularity 6 alone, its rows": {"granularities": [6], "options": {"passes": 2 * 7 / 16}},
+    "granularity 2 alone": {"settings": {"granularities": [2]}},
+    "granularity 2 alone, its rows": {"settings": {"granularities": [2]}, "options": {"passes": 2 * 3 / 16}},
+    "granularity 6 alone": {"settings": {"granularities": [6]}},
+    "granularity 6 alone, its rows": {"settings": {"granularities": [6]}, "options": {"passes": 2 * 7 / 16}},
 }
 
 
@@ -144,7 +148,7 @@ class Study:
         own = self.own_steps and name == f"bank-{self.args.seed}"
         file = self.args.out / "bank.safetensors" if own else self.folder / f"{name}.safetensors"
         if not file.exists():
-            bank = Bank(self.teacher, self.args.granularities and dict.fromkeys(STACKS, self.args.granularities))
+            bank = new_bank(self.teacher, batches[self.args.targets], self.args)
             train_modules(self.teacher, bank, batches[self.args.targets], self.args.steps, lr=self.args.lr, name=name,
                           **self.loop(name, seed))
             save_bank(bank, file)
@@ -231,14 +235,15 @@ def little_data(study, seed):
 def ablation(study, name, seed):
     """{"6+6": {...}, ...}: `Study.score`, on the validation pairs, of the assemblies of a bank trained as the variant
     says, as deep as its modules alone make them."""
-    variant, args, teacher = VARIANTS[name], study.args, study.teacher
-    chosen, batches = variant.get("granularities", args.granularities), study.train(seed, {args.targets})[args.targets]
-    bank = Bank(teacher, chosen and dict.fromkeys(STACKS, chosen), variant.get("init", "first"))
+    variant, teacher = VARIANTS[name], study.teacher
+    args = argparse.Namespace(**{**vars(study.args), **variant.get("settings", {})})
+    batches = study.train(seed, {args.targets})[args.targets]
+    bank = new_bank(teacher, batches, args)
     if "dropout" in variant:
         bank.train = lambda mode: Bank.train(bank, True)
     started = time.time()
     train_modules(teacher, bank, batches, args.steps, lr=args.lr, name=f"{name} {seed}",
-                  **study.loop(f"{name}-{args.steps}", seed), **variant.get("options", {}))
+                  **study.loop(f"{name}-{study.args.steps}", seed), **variant.get("options", {}))
     Bank.train(bank, False)
     scores, n = {"seconds": time.time() - started}, teacher.depths
     for e, d in study_shapes(teacher, bank):
@@ -268,11 +273,11 @@ def reference_teacher(study, seed):
     """Our T5 and Hugging Face's, each from its own start, in the same loop on the same batches, scored alike."""
     from transformers import T5Config as Config, T5ForConditionalGeneration
     batches, config = study.train(seed, {"data"})["data"], study.teacher.config
-    options = dict(seed=seed, weights=CE_ONLY, lr=study.args.teacher_lr, dtype=getattr(torch, study.args.dtype))
+    steps, lr = study.args.steps, study.args.teacher_lr
 
     def theirs():
         torch.manual_seed(seed)
-        folder = study.folder / f"hugging-face-{study.args.steps}-{seed}"
+        folder = study.folder / f"hugging-face-{steps}-{seed}"
         save_t5(study.teacher, folder)  # for its config
         model = T5ForConditionalGeneration(Config.from_pretrained(folder)).to(study.args.device).train()
 
@@ -281,17 +286,20 @@ def reference_teacher(study, seed):
                            decoder_input_ids=shift_right(target, config)).logits
             real = target != config.pad_token_id
             return {"ce": cross_entropy(logits[real], target[real])}, {}
-        fit(model, step_loss, batches, study.args.steps, name="hugging face", **options)
+        fit(model, step_loss, batches, steps, weights=CE_ONLY, lr=lr, name="hugging face",
+            **study.loop(f"hugging-face-{steps}", seed))
         model.save_pretrained(folder)
         return study.score(load_t5(folder).to(study.args.device), "valid")
 
     def ours():
+        if (steps, seed) == (study.args.teacher_steps, study.args.seed):
+            return study.score(study.teacher, "valid")  # the run's own
         torch.manual_seed(seed)
         model = type(study.teacher)(config).to(study.args.device)
-        train_student(model, batches, study.args.steps, name="ours", **options)
+        train_student(model, batches, steps, lr=lr, name="ours", **study.loop(f"ours-{steps}", seed))
         return study.score(model, "valid")
     for name, measure in (("ours", ours), ("hugging face", theirs)):
-        study.measured(f"teacher {study.args.steps}", name, seed, measure)
+        study.measured(f"teacher {steps}", name, seed, measure)
 
 
 def speed(study):

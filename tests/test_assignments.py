@@ -14,6 +14,7 @@ import ast
 import gc
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,10 +127,15 @@ EXERCISES = {
                   "start at multiples of its length"),
             Wrong("a granularity that does not divide", "if g < 2 or n % g:", "if g < 2:", "do not tile")]),
     "7 copying layers": Exercise(
-        "modules.py", {"merge": "their first, or the mean of their weights", "with_layers": "copies of these"},
+        "modules.py", {"merge": "a copy of one layer of the span", "with_layers": "copies of these"},
         "tests/test_modules.py -k 'init_ or copies'", [
-            Wrong("the module is the teacher's layer, not a copy", "module = copy.deepcopy(layers[0])",
-                  "module = layers[0]", "must not share a tensor with the teacher"),
+            Wrong("the module is the teacher's layer, not a copy",
+                  "module = copy.deepcopy(layers[evenly(len(layers), len(layers) // g)[start // g]])",
+                  "module = layers[evenly(len(layers), len(layers) // g)[start // g]]",
+                  "must not share a tensor with the teacher"),
+            Wrong("always the first layer of the span",
+                  "module = copy.deepcopy(layers[evenly(len(layers), len(layers) // g)[start // g]])",
+                  "module = copy.deepcopy(layers[start])", "a copy, evenly spaced"),
             Wrong("a sum, not a mean", "torch.stack(others).mean(0)", "torch.stack(others).sum(0)",
                   "the mean of the span"),
             Wrong("the mean misses the first layer", "torch.stack(others).mean(0)", "torch.stack(others[1:]).mean(0)",
@@ -303,27 +310,64 @@ def grader():
             print(json.dumps([status, output.read().decode(errors="replace")]), flush=True)
 
 
+class Grader:
+    """A process that runs `grader`, and a copy of the project for it to work on."""
+    def __init__(self, folder):
+        self.folder = folder
+        copy_project(folder, without_bodies([]))
+        line = [sys.executable, "-c", f"import {Path(__file__).stem}; {Path(__file__).stem}.grader()"]
+        self.process = subprocess.Popen(line, cwd=ROOT / "tests", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def grade(self, command, sources):
+        """The exit status and output of a grading command where the six files are `sources`."""
+        for file, text in sources.items():
+            (self.folder / file).write_text(text, encoding="utf-8")
+        shutil.rmtree(self.folder / "__pycache__", ignore_errors=True)  # it goes by the second and the size of a file
+        print(json.dumps([str(self.folder), shlex.split(command), 60]), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
 @pytest.fixture(scope="module")
-def grade(tmp_path_factory):
-    """grade(exercise, sources): the exit status and output of an exercise's grading command in a copy of the project
-    in which the six files are `sources`."""
-    folder = tmp_path_factory.mktemp("course") / "project"
-    copy_project(folder, without_bodies([]))
-    line = [sys.executable, "-c", f"import {Path(__file__).stem}; {Path(__file__).stem}.grader()"]
-    process = subprocess.Popen(line, cwd=ROOT / "tests", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+def graded(tmp_path_factory, request):
+    """{test id: future of the exit status and output}: two graders are ahead of the tests that wait for them."""
+    free = queue.SimpleQueue()
+    graders = [Grader(tmp_path_factory.mktemp("course") / "project") for _ in range(2)]
+    for each in graders:
+        free.put(each)
 
     def grade(exercise, sources):
-        for file, text in sources.items():
-            (folder / file).write_text(text, encoding="utf-8")
-        shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # it goes by the second and the size of a file
-        print(json.dumps([str(folder), shlex.split(exercise.command), 60]), file=process.stdin, flush=True)
-        return json.loads(process.stdout.readline())
-    yield grade
-    process.stdin.close()
-    process.wait()
+        mine = free.get()
+        try:
+            return mine.grade(exercise.command, sources)
+        finally:
+            free.put(mine)
+    with ThreadPoolExecutor(len(graders)) as pool:
+        yield {item.nodeid: pool.submit(grade, *QUESTIONS[item.originalname](**item.callspec.params))
+               for item in request.session.items if "graded" in getattr(item, "fixturenames", ())}
+        pool.shutdown(cancel_futures=True)  # those of tests that will not run, after a failure or an interrupt
+    for each in graders:
+        each.process.stdin.close()
+        each.process.wait()
 
 
+def missing_body(name, function):
+    exercise, sources = EXERCISES[name], without_bodies([])
+    return exercise, sources | {exercise.file: without_body(sources[exercise.file], function)}
+
+
+def wrong_version(name, wrong):
+    exercise, sources = EXERCISES[name], without_bodies([])
+    return exercise, sources | {exercise.file: sources[exercise.file].replace(wrong.old, wrong.new)}
+
+
+def later_bodies_missing(number):
+    exercise, *later = list(EXERCISES.values())[number:]
+    return exercise, without_bodies(later)
+
+
+QUESTIONS = {"test_a_missing_body_is_caught": missing_body, "test_a_wrong_version_is_caught": wrong_version,
+             "test_an_exercise_needs_no_later_one": later_bodies_missing}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="grades in forks of one process; this system has none")
 
 
@@ -337,36 +381,31 @@ def assert_caught(status, output, rule, command):
 @needs_fork
 @pytest.mark.parametrize("name, function", [(name, function) for name, exercise in EXERCISES.items()
                                             for function in exercise.bodies])
-def test_a_missing_body_is_caught(grade, name, function):
-    exercise = EXERCISES[name]
-    sources = without_bodies([])
-    sources[exercise.file] = without_body(sources[exercise.file], function)
-    status, output = grade(exercise, sources)
-    assert_caught(status, output, exercise.bodies[function], exercise.command)
+def test_a_missing_body_is_caught(graded, request, name, function):
+    status, output = graded[request.node.nodeid].result()
+    assert_caught(status, output, EXERCISES[name].bodies[function], EXERCISES[name].command)
     assert "NotImplementedError" in output
 
 
 @needs_fork
 @pytest.mark.parametrize("name, wrong", [pytest.param(name, wrong, id=f"{name}: {wrong.what}")
                                          for name, exercise in EXERCISES.items() for wrong in exercise.wrong])
-def test_a_wrong_version_is_caught(grade, name, wrong):
+def test_a_wrong_version_is_caught(graded, request, name, wrong):
     exercise = EXERCISES[name]
-    sources = without_bodies([])
-    found = sources[exercise.file].count(wrong.old)
+    found = (ROOT / exercise.file).read_text(encoding="utf-8").count(wrong.old)
     assert found == 1, f"{exercise.file} has changed: {wrong.old!r} occurs {found} times in it, not once"
-    sources[exercise.file] = sources[exercise.file].replace(wrong.old, wrong.new)
-    status, output = grade(exercise, sources)
+    status, output = graded[request.node.nodeid].result()
     messages = "\n".join(re.findall(r"^E  .*(?:AssertionError|Failed): (.*)", output, re.MULTILINE))
     assert_caught(status, messages if status == 1 else output, wrong.rule, exercise.command)
 
 
 @needs_fork
 @pytest.mark.parametrize("number", range(len(EXERCISES)))
-def test_an_exercise_needs_no_later_one(grade, number):
+def test_an_exercise_needs_no_later_one(graded, request, number):
     """The bodies of all later exercises are missing, as in a course; the last one is graded in an unchanged copy."""
-    exercise, *later = list(EXERCISES.values())[number:]
-    status, output = grade(exercise, without_bodies(later))
-    assert status == 0, f"`{exercise.command}` must pass once this and the earlier ones are done:\n{output[-4000:]}"
+    status, output = graded[request.node.nodeid].result()
+    command = list(EXERCISES.values())[number].command
+    assert status == 0, f"`{command}` must pass once this and the earlier ones are done:\n{output[-4000:]}"
 
 
 def test_the_course_is_complete():

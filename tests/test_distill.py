@@ -4,9 +4,11 @@ distill.py: the losses against hand calculations, one training loop, what it mov
     python -m pytest tests/test_distill.py
 """
 
+import copy
 import io
 import itertools
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -491,6 +493,24 @@ def test_one_learning_rate_moves_every_tensor_by_a_like_share():
         assert 0.06 < share < 0.15, f"{name}: the first step of AdamW must be a tenth of its size, not {share:.3f}"
 
 
+def test_modules_that_see_fewer_rows_take_smaller_steps():
+    """A bank of granularities 2 and 3 beside the teacher's own layers, 1: shares of 2 / 6 and 3 / 6 of all rows run."""
+    teacher = tiny(6, 6)
+    bank = mod.Bank(teacher, dict.fromkeys(mod.STACKS, [2, 3]))
+    start = copy_of(bank)
+    d.train_modules(teacher, bank, [(SOURCE, TARGET)], 1, lr=0.01, passes=1.5, rate_start=1.0)
+    taken = dict.fromkeys((2, 3, None))
+    for name, tensor in bank.state_dict().items():
+        if name.endswith("wo.weight") or name == "frame.embedding.weight":
+            span = re.match(r".*coder\.(\d)-(\d)", name)
+            step = (tensor - start[name]).abs().max().item() / d.size(start[name])
+            g = int(span[2]) - int(span[1]) if span else None
+            taken[g] = max(step, taken[g] or 0.0)
+    for g, share in ((2, 1.5 * 2 / 6), (3, 1.5 * 3 / 6), (None, 1.0)):
+        assert taken[g] == pytest.approx(0.01 * share ** 0.5, rel=0.05), \
+            f"granularity {g} sees {share} of the rows: its first step is the root of that share of the rate"
+
+
 # ---- several processes
 
 RUNS = {"teacher": dict(weights={"ce": 1.0}), "kd": dict(weights=dict.fromkeys(TERMS, 1.0)),
@@ -856,6 +876,133 @@ def test_spread_tiles():
             lengths = {stop - start for start, stop in spans}
             assert layers == list(range(n)) and len(spans) == k, f"{k} spans must tile {n} layers: {spans}"
             assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1, f"and be of like length: {spans}"
+
+
+# ----------------------------------------------------------------------------- calibration
+
+
+def module_of(bank, stack, start, stop):
+    return getattr(bank, stack)[f"{start}-{stop}"]
+
+
+@torch.no_grad()
+def residuals(teacher, bank, batches):
+    """{(stack, start, stop): the squared error of each module's output, given the teacher's own input}, by the run
+    of the teacher with one module in it."""
+    total = {}
+    for source, target in batches:
+        theirs = d.run_stacks(teacher, source, target)
+        for stack, tokens in (("encoder", source), ("decoder", target)):
+            for start, stop in bank.spans[stack]:
+                n = teacher.depths[stack]
+                path = [*((i, i + 1) for i in range(start)), (start, stop), *((i, i + 1) for i in range(stop, n))]
+                paths = {each: mod.path_of([1] * teacher.depths[each]) for each in mod.STACKS} | {stack: path}
+                ours = d.run_stacks(teacher, source, target, bank.layers(teacher, paths))
+                wrong = (ours[stack].states[start] - theirs[stack].states[stop - 1])[tokens != 0]
+                key = (stack, start, stop)
+                total[key] = total.get(key, 0.0) + wrong.square().sum().item()
+    return total
+
+
+def test_calibration_brings_every_module_nearer_to_its_span():
+    teacher, batches = tiny(), toy_batches(6)
+    bank = mod.Bank(teacher)
+    before = residuals(teacher, bank, batches)
+    d.calibrate(teacher, bank, batches)
+    after = residuals(teacher, bank, batches)
+    assert before.keys() == after.keys() and len(before) == 9
+    for span in before:
+        assert after[span] < 0.8 * before[span], f"{span}: a squared error of {after[span]:.1f}, {before[span]:.1f} before"
+
+
+def test_calibration_undoes_what_was_done_to_an_output_matrix():
+    """A teacher whose second layers do nothing: a copy of the first is the answer, and scaling it is undone."""
+    teacher = tiny(2, 2)
+    with torch.no_grad():
+        for stack in (teacher.encoder, teacher.decoder):
+            for name, weight in stack.layers[1].named_parameters():
+                if name.endswith((".o.weight", ".wo.weight")):
+                    weight.zero_()
+        bank = mod.Bank(teacher)
+        bank.encoder["0-2"].feed_forward.wo.weight.mul_(3.0)
+        bank.decoder["0-2"].cross_attention.o.weight.mul_(-1.0)
+        before = residuals(teacher, bank, toy_batches(20))
+        d.calibrate(teacher, bank, toy_batches(20), rounds=5, ridge=1e-6)
+        after = residuals(teacher, bank, toy_batches(20))
+    for span in before:
+        assert after[span] < 1e-2 * before[span], \
+            f"{span}: the teacher's first layer does all, so a module can; squared error {before[span]} -> {after[span]}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stack, parts", (("encoder", ("self_attention.o", "feed_forward.wo")),
+                                          ("decoder", ("self_attention.o", "cross_attention.o", "feed_forward.wo"))))
+def test_a_round_of_calibration_is_ridge_regression(stack, parts):
+    """Against torch's least squares, in float64, of the problem written out: a row a token, and one a weight's size."""
+    teacher, batches, xs, rs = tiny(4, 4), toy_batches(8), [], []
+    bank = mod.Bank(teacher, {"encoder": [2], "decoder": [2]})
+    module, seen = module_of(copy.deepcopy(bank), stack, 2, 4), {}
+    for part in parts:
+        module.get_submodule(part).register_forward_pre_hook(lambda _, x, part=part: seen.update({part: x[0]}))
+    for source, target in batches:
+        theirs, mask = d.run_stacks(teacher, source, target), (source if stack == "encoder" else target) != 0
+        layers = {each: list(getattr(teacher, each).layers) for each in mod.STACKS}
+        layers[stack][2:] = [module]
+        state = d.run_stacks(teacher, source, target, layers)[stack].states[2]
+        rs.append((theirs[stack].states[3] - state)[mask].double())
+        xs.append(torch.cat([seen[part] for part in parts], -1)[mask].double())
+    x, r, ridge = torch.cat(xs), torch.cat(rs), 0.3
+    widths = [module.get_submodule(part).weight.size(1) for part in parts]
+    sizes = torch.cat([own.square().sum(0).mean().expand(own.size(1)) for own in x.split(widths, 1)])
+    rows = torch.cat([x, (ridge * sizes).sqrt().diag()])
+    moves = torch.linalg.lstsq(rows, F.pad(r, (0, 0, 0, len(sizes)))).solution.T.split(widths, 1)
+    d.calibrate(teacher, bank, batches, rounds=1, ridge=ridge)
+    for part, move in zip(parts, moves):
+        before = module.get_submodule(part).weight
+        after = module_of(bank, stack, 2, 4).get_submodule(part).weight
+        assert torch.allclose(after - before, move.float(), atol=1e-4), \
+            f"{part} moves by the D that leaves least of r - D x, with the ridge a share of this sub-layer's own size"
+
+
+def test_a_larger_ridge_moves_the_weights_less():
+    moved = []
+    for ridge in (0.01, 1.0, 1e6):
+        teacher = tiny(2, 2)
+        bank = mod.Bank(teacher)
+        d.calibrate(teacher, bank, toy_batches(4), ridge=ridge)
+        moved.append((bank.encoder["0-2"].feed_forward.wo.weight
+                      - teacher.encoder.layers[0].feed_forward.wo.weight).norm().item())
+    assert moved[0] > moved[1] > moved[2] and moved[2] < 1e-3, f"the ridge holds the weights where they are: {moved}"
+
+
+def test_calibration_moves_output_matrices_alone():
+    teacher = tiny().train()
+    bank = mod.Bank(teacher)
+    before, own = copy_of(bank), copy_of(teacher)
+    d.calibrate(teacher, bank, toy_batches(2))
+    assert same(copy_of(teacher), own), "the teacher stays"
+    for name, weight in copy_of(bank).items():
+        outputs = name.endswith((".o.weight", ".wo.weight")) and not name.startswith("frame.")
+        assert torch.equal(weight, before[name]) is not outputs, f"{name} must {'move' if outputs else 'stay'}"
+    assert all(weight.requires_grad for weight in bank.parameters()), "and all of it can train"
+
+
+def test_calibration_does_not_see_padding():
+    teacher, banks = tiny(), []
+    for extra in (0, 3):
+        banks.append(mod.Bank(teacher))
+        d.calibrate(teacher, banks[-1], [tuple(F.pad(ids, (0, extra)) for ids in batch) for batch in toy_batches(4)])
+    for (name, weight), other in zip(banks[0].named_parameters(), banks[1].parameters()):
+        assert torch.allclose(weight, other, atol=2e-3), f"{name}: three columns of padding changed it"
+
+
+def test_calibration_of_gated_feed_forward_and_of_one_stack():
+    teacher = tiny(feed_forward_proj="gated-gelu")
+    bank = mod.Bank(teacher, {"encoder": [], "decoder": [3]})
+    before = residuals(teacher, bank, toy_batches(6))
+    d.calibrate(teacher, bank, toy_batches(6))
+    after = residuals(teacher, bank, toy_batches(6))
+    assert list(after) == [("decoder", 0, 3), ("decoder", 3, 6)] and all(after[span] < before[span] for span in after)
 
 
 KEPT = {(6, 1): [0], (6, 2): [0, 5], (6, 6): [0, 1, 2, 3, 4, 5], (12, 4): [0, 4, 7, 11], (12, 2): [0, 11],

@@ -214,7 +214,7 @@ def test_replacement_rate_by_default():
 # ----------------------------------------------------------------------------- the bank
 
 
-@pytest.mark.parametrize("init", ("first", "average"))
+@pytest.mark.parametrize("init", ("copy", "average"))
 def test_init_by_hand(init):
     teacher = tiny()
     with torch.no_grad():
@@ -225,17 +225,17 @@ def test_init_by_hand(init):
     bank = mod.Bank(teacher, {"encoder": [2], "decoder": [2, 3]}, init)
     assert not set(map(id, teacher.parameters())) & set(map(id, bank.parameters())), \
         "a module starts as a copy: it must not share a tensor with the teacher, which would be trained with it"
-    expected = {"first": {("encoder", 0, 2): 1, ("encoder", 2, 4): 3, ("decoder", 4, 6): 5, ("decoder", 3, 6): 4},
+    expected = {"copy": {("encoder", 0, 2): 1, ("encoder", 2, 4): 4, ("decoder", 4, 6): 6, ("decoder", 3, 6): 6},
                 "average": {("encoder", 0, 2): 1.5, ("encoder", 2, 4): 3.5, ("decoder", 4, 6): 5.5,
                             ("decoder", 3, 6): 5}}[init]
     for (stack, start, stop), value in expected.items():
         for name, weight in getattr(bank, stack)[f"{start}-{stop}"].named_parameters():
             assert (weight == value).all(), \
                 f"init {init}: layer i is full of i + 1, so {name} of the module for layers {start} to {stop - 1} is " \
-                f"{value}, {'the mean of the span' if init == 'average' else 'a copy of its first'}, not {weight.max()}"
+                f"{value}, {'the mean of the span' if init == 'average' else 'a copy, evenly spaced'}, not {weight.max()}"
 
 
-@pytest.mark.parametrize("init", ("first", "average"))
+@pytest.mark.parametrize("init", ("copy", "average"))
 def test_init_of_random_weights(init):
     teacher = tiny()
     bank = mod.Bank(teacher, {"encoder": [2], "decoder": [3]}, init)
@@ -243,7 +243,7 @@ def test_init_of_random_weights(init):
         layers = [dict(layer.named_parameters()) for layer in getattr(teacher, stack).layers[start:stop]]
         for name, weight in getattr(bank, stack)[f"{start}-{stop}"].named_parameters():
             mean = sum(layer[name] for layer in layers) / len(layers)
-            assert torch.allclose(weight, layers[0][name] if init == "first" else mean, atol=1e-6), \
+            assert torch.allclose(weight, layers[-1][name] if init == "copy" else mean, atol=1e-6), \
                 f"init {init}: {name} of {stack} {start}-{stop} must come from the layers of its own span"
 
 

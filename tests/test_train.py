@@ -89,7 +89,7 @@ def test_run_folder_is_complete(finished):
 
 
 FILES = ["--train", "a", "--valid", "b", "--test", "c"]
-SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "first",
+SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "calibrated",
             "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab": 200, "batch_tokens": 2048,
        "teacher_steps": 900, "teacher_lr": 1.5e-2, "steps": 400, "targets": "data",
