@@ -169,38 +169,43 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
     gets the teacher's state before its span. Where its output falls short of the teacher's state after the span by r,
     token by token, W moves by
         D = argmin sum_n |r_n - D x_n|^2 + lambda |D|^2 = (sum_n r_n x_n^T) (sum_n x_n x_n^T + lambda I)^-1
-    with lambda the share `ridge` of a sub-layer's mean square of x. x changes with W, so it takes some rounds. Least
-    squares in place of layers that go is from https://arxiv.org/abs/2505.02819, which puts one matrix there.
+    with lambda the share `ridge` of the mean, over a sub-layer's features, of sum x^2. x changes with W, so it takes
+    some rounds. Least squares to stand in for layers: https://arxiv.org/abs/2505.02819, which puts one matrix there.
     """
     teacher.eval(), bank.eval()
     device, pad = teacher.embedding.weight.device, teacher.config.pad_token_id
     batches = [tuple(ids.to(device) for ids in batch) for batch in batches]
     theirs = [run_stacks(teacher, *batch) for batch in batches]
+
+    def observe(stack, start, stop, module, matrices):
+        """x (N, features) and r (N, d_model) of all tokens."""
+        read, x, r = {}, [], []
+        hooks = [matrix.register_forward_pre_hook(lambda own, inputs: read.update({own: inputs[0]}))
+                 for matrix in matrices]
+        for (source, target), states in zip(batches, theirs):
+            layers = [lambda *_: (states[stack].states[start - 1], ()), module] if start else [module]
+            if stack == "encoder":
+                mask, output = source != pad, teacher.encode(source, layers)
+            else:
+                mask, decoder_input = target != pad, shift_right(target, teacher.config)
+                output = teacher.decode(decoder_input, states["encoder"].hidden, source != pad, layers)
+            x.append(torch.cat([read[matrix] for matrix in matrices], -1)[mask])
+            r.append((states[stack].states[stop - 1] - output.states[-1])[mask])
+        for hook in hooks:
+            hook.remove()
+        return torch.cat(x), torch.cat(r)
+
     for stack in STACKS:
         for start, stop in bank.spans[stack]:
-            module, seen = getattr(bank, stack)[f"{start}-{stop}"], {}
+            module = getattr(bank, stack)[f"{start}-{stop}"]
             matrices = [part for name, part in module.named_modules() if name.rpartition(".")[2] in ("o", "wo")]
-            hooks = [matrix.register_forward_pre_hook(lambda own, x: seen.update({own: x[0]})) for matrix in matrices]
             widths = [matrix.weight.size(1) for matrix in matrices]
             for _ in range(rounds):
-                xx = rx = 0
-                for (source, target), states in zip(batches, theirs):
-                    layers = [lambda *_: (states[stack].states[start - 1], ()), module] if start else [module]
-                    if stack == "encoder":
-                        mask, output = source != pad, teacher.encode(source, layers)
-                    else:
-                        mask = target != pad
-                        output = teacher.decode(shift_right(target, teacher.config), states["encoder"].hidden,
-                                                source != pad, layers)
-                    x = torch.cat([seen[matrix] for matrix in matrices], -1)[mask]
-                    r = (states[stack].states[stop - 1] - output.states[-1])[mask]
-                    xx, rx = xx + x.T @ x, rx + r.T @ x
-                size = torch.cat([own.mean().expand(len(own)) for own in xx.diagonal().split(widths)])
-                for matrix, D in zip(matrices, torch.linalg.solve(xx + (ridge * size).diag(), rx, left=False)
-                                     .split(widths, 1)):
-                    matrix.weight += D
-            for hook in hooks:
-                hook.remove()
+                x, r = observe(stack, start, stop, module, matrices)
+                size = torch.cat([own.square().sum(0).mean().expand(own.size(1)) for own in x.split(widths, 1)])
+                D = torch.linalg.solve(x.T @ x + (ridge * size).diag(), r.T @ x, left=False)
+                for matrix, own in zip(matrices, D.split(widths, 1)):
+                    matrix.weight += own
     for parameter in bank.parameters() if dist.is_initialized() else ():
         dist.broadcast(parameter, 0)  # the processes' last bits may differ
 

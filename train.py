@@ -87,8 +87,8 @@ def parse_args(argv):
     p.add_argument("--targets", choices=["data", "teacher"], help="what the bank and KD students learn to write: the "
                    "targets of the training pairs, or what the teacher makes of their sources")
     p.add_argument("--init", choices=["calibrated", "copy", "average"], default="calibrated",
-                   help="how a module starts: a copy of a layer of its span, fitted to the span in closed form; the copy "
-                   "alone; the mean of the span's layers")
+                   help="how a module starts: a copy of a layer of its span, fitted to the span in closed form; the "
+                   "copy alone; the mean of the span's layers")
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
     args = p.parse_args(argv)
     if args.resume:

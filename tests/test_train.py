@@ -16,13 +16,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
 import distill
 import train
 from assemble import assemble
 from assemble import main as assemble_main
 from data import Tokenizer, read_pairs, toy_corpus
 from model import load_t5, read_safetensors, write_safetensors
-from modules import STACKS, divisors, load_bank, module_spans
+from modules import STACKS, Bank, divisors, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--steps", "4",
@@ -298,6 +299,23 @@ def test_frontier_by_hand():
     assert labels == [("326.0", "174.0", "start", "kd 0"), ("314.0", "174.0", "end", "kd 1"),
                       ("326.0", "165.0", "start", "kd 2"), ("314.0", "165.0", "end", "0"),
                       ("326.0", "183.0", "start", "1"), ("314.0", "183.0", "end", "2")], "no label covers another"
+
+
+@pytest.mark.parametrize("init", ("calibrated", "copy", "average"))
+def test_how_the_modules_start(finished, init):
+    """As --init says, and calibrated on the first batches of what the bank will learn."""
+    teacher, tokenizer = load_t5(finished / "teacher"), Tokenizer(finished)
+    pairs = data.encode_pairs(tokenizer, read_pairs(*train.read_json(finished / "args.json")["train"]), 12)[0]
+    batches = data.Batches(pairs, 512, tokenizer.pad_id, 0)
+    args = Namespace(granularities=[2, 6], init=init)
+    bank = train.new_bank(teacher, batches, args)
+    assert bank.spans == {stack: module_spans(6, [2, 6]) for stack in STACKS}
+    plain = Bank(teacher, dict.fromkeys(STACKS, [2, 6]), "average" if init == "average" else "copy")
+    same = all(torch.equal(a, b) for a, b in zip(bank.parameters(), plain.parameters(), strict=True))
+    assert same is (init != "calibrated")
+    if init == "calibrated":
+        distill.calibrate(teacher, plain, [batches[k] for k in range(train.CALIBRATION)])
+        assert all(torch.equal(a, b) for a, b in zip(bank.parameters(), plain.parameters()))
 
 
 def test_printed_table_matches_the_results(finished):
