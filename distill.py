@@ -9,6 +9,8 @@ Every way of training here is the same step with more or less in it:
     pseudo-labels SFT on the teacher's own outputs
     the teacher   fine-tuning or training from scratch: a "student" with all the layers and cross-entropy alone
 
+Before the first step, `calibrate` fits modules to their spans in closed form.
+
     pytest tests/test_distill.py
 """
 import math
