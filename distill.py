@@ -18,6 +18,7 @@ import os
 import random
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -176,23 +177,24 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
     """
     teacher.eval(), bank.eval()
     device, pad = teacher.embedding.weight.device, teacher.config.pad_token_id
-    batches = [tuple(ids.to(device) for ids in batch) for batch in batches]
-    theirs = [run_stacks(teacher, *batch) for batch in batches]
+    runs = {stack: [] for stack in STACKS}  # for each batch: what runs layers, the teacher's states, where tokens are
+    for source, target in batches:
+        source, target = source.to(device), target.to(device)
+        encode = partial(teacher.encode, source)
+        encoded = encode()
+        decode = partial(teacher.decode, shift_right(target, teacher.config), encoded.hidden, source != pad)
+        runs["encoder"].append((encode, encoded.states, source != pad))
+        runs["decoder"].append((decode, decode().states, target != pad))
 
     def observe(stack, start, stop, module, matrices):
         """x (N, features) and r (N, d_model) of all tokens."""
         read, x, r = {}, [], []
         hooks = [matrix.register_forward_pre_hook(lambda own, inputs: read.update({own: inputs[0]}))
                  for matrix in matrices]
-        for (source, target), states in zip(batches, theirs):
-            layers = [lambda *_: (states[stack].states[start - 1], ()), module] if start else [module]
-            if stack == "encoder":
-                mask, output = source != pad, teacher.encode(source, layers)
-            else:
-                mask, decoder_input = target != pad, shift_right(target, teacher.config)
-                output = teacher.decode(decoder_input, states["encoder"].hidden, source != pad, layers)
+        for run, states, mask in runs[stack]:
+            layers = [lambda *_: (states[start - 1], ()), module] if start else [module]  # from the teacher's state on
+            r.append((states[stop - 1] - run(layers=layers).states[-1])[mask])
             x.append(torch.cat([read[matrix] for matrix in matrices], -1)[mask])
-            r.append((states[stack].states[stop - 1] - output.states[-1])[mask])
         for hook in hooks:
             hook.remove()
         return torch.cat(x), torch.cat(r)

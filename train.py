@@ -369,6 +369,7 @@ def new_bank(teacher, batches, args):
     chosen = args.granularities and dict.fromkeys(STACKS, args.granularities)
     bank = Bank(teacher, chosen, "average" if args.init == "average" else "copy")
     if args.init == "calibrated":
+        say(f"calibration: modules are fitted to the teacher's states on {CALIBRATION} batches")
         calibrate(teacher, bank, [batches[k] for k in range(CALIBRATION)])
     return bank
 

@@ -232,7 +232,8 @@ def test_init_by_hand(init):
         for name, weight in getattr(bank, stack)[f"{start}-{stop}"].named_parameters():
             assert (weight == value).all(), \
                 f"init {init}: layer i is full of i + 1, so {name} of the module for layers {start} to {stop - 1} is " \
-                f"{value}, {'the mean of the span' if init == 'average' else 'a copy, evenly spaced'}, not {weight.max()}"
+                f"{value}, {'the mean of the span' if init == 'average' else 'a copy, evenly spaced'}, not " \
+                f"{weight.max()}"
 
 
 @pytest.mark.parametrize("init", ("copy", "average"))

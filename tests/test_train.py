@@ -16,12 +16,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
 import distill
 import train
 from assemble import assemble
 from assemble import main as assemble_main
-from data import Tokenizer, read_pairs, toy_corpus
+from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus
 from model import load_t5, read_safetensors, write_safetensors
 from modules import STACKS, Bank, divisors, load_bank, module_spans
 
@@ -305,8 +304,8 @@ def test_frontier_by_hand():
 def test_how_the_modules_start(finished, init):
     """As --init says, and calibrated on the first batches of what the bank will learn."""
     teacher, tokenizer = load_t5(finished / "teacher"), Tokenizer(finished)
-    pairs = data.encode_pairs(tokenizer, read_pairs(*train.read_json(finished / "args.json")["train"]), 12)[0]
-    batches = data.Batches(pairs, 512, tokenizer.pad_id, 0)
+    pairs = encode_pairs(tokenizer, read_pairs(*train.read_json(finished / "args.json")["train"]), 12)[0]
+    batches = Batches(pairs, 512, tokenizer.pad_id, 0)
     args = Namespace(granularities=[2, 6], init=init)
     bank = train.new_bank(teacher, batches, args)
     assert bank.spans == {stack: module_spans(6, [2, 6]) for stack in STACKS}
