@@ -399,7 +399,7 @@ def relabel(teacher, batches, args):
     made = {"sources": hashlib.sha256(repr(sources).encode()).hexdigest(), "targets": []}
     if file.exists():
         stored = read_json(file)
-        if stored.get("sources") != made["sources"]:
+        if stored.get("sources") != made["sources"] or not isinstance(stored.get("targets"), list):
             raise ValueError(f"{file}: not of these {len(sources)} sources: remove it to make it anew")
         made = stored
     for start in range(len(made["targets"]), len(sources), PORTION):

@@ -21,7 +21,7 @@ import train
 from assemble import assemble
 from assemble import main as assemble_main
 from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus
-from model import load_t5, read_safetensors, write_safetensors
+from model import load_t5, read_json, read_safetensors, write_json, write_safetensors
 from modules import STACKS, Bank, divisors, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -427,6 +427,9 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
     for others in (pairs[:3], [*pairs[:3], ([13, 1], [8, 1])]):
         with pytest.raises(ValueError, match=f"pseudo.json: not of these {len(others)} sources: remove it"):
             train.relabel(teacher, train.Batches(others, 10, 0, seed=5), args)
+    write_json({"sources": read_json(tmp_path / "pseudo.json")["sources"]}, tmp_path / "pseudo.json")
+    with pytest.raises(ValueError, match="pseudo.json: not of these 4 sources: remove it"):
+        train.relabel(teacher, train.Batches(pairs, 10, 0, seed=5), args)
 
 
 @pytest.mark.parametrize("targets", ("data", "teacher"))
