@@ -216,7 +216,7 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
 
 # ---- the two kinds of training
 
-def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.3, passes=2.0,
+def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.1, passes=2.0,
                   **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 

@@ -161,7 +161,7 @@ def load_bank(path, teacher):
     return bank
 
 
-def replacement_rate(step, steps, start=0.5, rise=0.3):
+def replacement_rate(step, steps, start=0.5, rise=0.1):
     """The rate r(t) of a step: linear from `start` to 1 over the first share `rise` of all steps, 1 after it.
 
     BERT-of-Theseus, section 3.3 (https://arxiv.org/abs/2002.02925): at first modules learn beside the teacher's

@@ -370,7 +370,8 @@ def new_bank(teacher, batches, args):
     bank = Bank(teacher, chosen, "average" if args.init == "average" else "copy")
     if args.init == "calibrated":
         say(f"calibration: modules are fitted to the teacher's states on {CALIBRATION} batches")
-        calibrate(teacher, bank, [batches[k] for k in range(CALIBRATION)])
+        with memory_for("calibration: lower --batch-tokens or --max-length"):
+            calibrate(teacher, bank, [batches[k] for k in range(CALIBRATION)])
     return bank
 
 
@@ -382,7 +383,8 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
     if kind == "theseus":
         shape, n = dict(zip(STACKS, (encoder, decoder))), teacher.depths
         bank = Bank(teacher, {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in shape.items()})
-        train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, name=name, **loop)
+        train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, rate_rise=0.3, name=name,
+                      **loop)  # its modules are not calibrated: they stand among the teacher's layers for longer
         return assemble(teacher, bank, {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()})
     student = shrink(teacher, encoder, decoder)
     say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")

@@ -462,14 +462,14 @@ def test_the_optimizer_sees_the_bank_and_clipped_gradients(monkeypatch):
         return step(self, *args, **kwargs)
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     records = []
-    d.train_modules(teacher, bank, toy_batches(10), 10, lr=1e-2, weights=dict.fromkeys(TERMS, 50.0),
+    d.train_modules(teacher, bank, toy_batches(20), 20, lr=1e-2, weights=dict.fromkeys(TERMS, 50.0),
                     log=records.append)
-    assert [record["rate"] for record in records] == pytest.approx([0.5, 2 / 3, 5 / 6] + [1.0] * 7), \
-        "by default the replacement rate rises from 0.5 to 1 over 30 % of the steps"
+    assert [record["rate"] for record in records] == pytest.approx([0.5, 0.75] + [1.0] * 18), \
+        "by default the replacement rate rises from 0.5 to 1 over 10 % of the steps"
     for i, ((ids, norm, rates), record) in enumerate(zip(seen, records, strict=True)):
         assert sorted(ids) == sorted(map(id, bank.parameters())), "the optimizer must see exactly the bank's parameters"
         assert record["grad_norm"] > 1.0 and norm == pytest.approx(1.0, abs=1e-3), "gradients are clipped to norm 1"
-        assert record["lr"] == d.learning_rate(i, 10, 1e-2), "each step has the learning rate of its own place"
+        assert record["lr"] == d.learning_rate(i, 20, 1e-2), "each step has the learning rate of its own place"
         assert all(rate == size * record["lr"] for rate, size in rates), "a tensor's rate is a share of its size"
 
 

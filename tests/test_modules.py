@@ -206,9 +206,9 @@ def test_replacement_rate_by_hand(step, start, rise, rate):
 
 
 def test_replacement_rate_by_default():
-    rates = [mod.replacement_rate(step, 10) for step in range(10)]
-    assert rates == pytest.approx([0.5 + step / 6 for step in range(3)] + [1.0] * 7), \
-        "by default the rate rises from 0.5 to 1 over 30 % of the steps"
+    rates = [mod.replacement_rate(step, 30) for step in range(30)]
+    assert rates == pytest.approx([0.5 + step / 6 for step in range(3)] + [1.0] * 27), \
+        "by default the rate rises from 0.5 to 1 over 10 % of the steps"
 
 
 # ----------------------------------------------------------------------------- the bank

@@ -317,6 +317,15 @@ def test_how_the_modules_start(finished, init):
         assert all(torch.equal(a, b) for a, b in zip(bank.parameters(), plain.parameters()))
 
 
+def test_calibration_out_of_memory_is_one_line(finished, monkeypatch):
+    def calibrate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(train, "calibrate", calibrate)
+    with pytest.raises(MemoryError, match="calibration: lower --batch-tokens or --max-length"):
+        train.new_bank(load_t5(finished / "teacher"), [None] * train.CALIBRATION,
+                       Namespace(granularities=[2, 6], init="calibrated"))
+
+
 def test_printed_table_matches_the_results(finished):
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     lines = train.table(results["rows"], "exact").splitlines()
@@ -434,11 +443,12 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("targets", ("data", "teacher"))
 def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
-    learnt, distilled = {}, []
+    learnt, distilled, rising = {}, [], {}
 
-    def training(*args, name, **_):
+    def training(*args, name, **options):
         batches = next(arg for arg in args if isinstance(arg, train.Batches))
         learnt[name] = "teacher" if batches.examples[0][1] == [7, 1] else "data"
+        rising.update({name: options["rate_rise"]} if "rate_rise" in options else {})
 
     def student(model, batches, steps, teacher=None, **options):
         training(batches, **options)
@@ -452,6 +462,7 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
     assert learnt == {"teacher": "data", "bank": targets, "sft 1+1": "data", "kd 1+1": targets,
                       "pseudo 1+1": "teacher", "theseus 1+1": "data"}, "the bank and KD alike; others by their names"
     assert distilled == ["kd 1+1"], "of the students KD alone has the teacher in its loss"
+    assert rising == {"theseus 1+1": 0.3}, "Theseus alone, not calibrated, takes longer over the teacher's layers"
 
 
 def test_the_others_wait_for_the_first_and_end_when_it_fails(monkeypatch):
