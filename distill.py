@@ -173,7 +173,8 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
     token by token, W moves by
         D = argmin sum_n |r_n - D x_n|^2 + lambda |D|^2 = (sum_n r_n x_n^T) (sum_n x_n x_n^T + lambda I)^-1
     with lambda the share `ridge` of the mean, over a sub-layer's features, of sum x^2. x changes with W, so it takes
-    some rounds. Least squares to stand in for layers: https://arxiv.org/abs/2505.02819, which puts one matrix there.
+    some rounds. All in float32: call it outside of autocast. Least squares to stand in for layers:
+    https://arxiv.org/abs/2505.02819, which puts one matrix there.
     """
     teacher.eval(), bank.eval()
     device, pad = teacher.embedding.weight.device, teacher.config.pad_token_id
@@ -207,7 +208,7 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
             for _ in range(rounds):
                 x, r = observe(stack, start, stop, module, matrices)
                 size = torch.cat([own.square().sum(0).mean().expand(own.size(1)) for own in x.split(widths, 1)])
-                D = torch.linalg.solve(x.T @ x + (ridge * size).diag(), r.T @ x, left=False)
+                D = torch.linalg.solve(x.T @ x + (ridge * size).clamp(min=1e-9).diag(), r.T @ x, left=False)
                 for matrix, own in zip(matrices, D.split(widths, 1)):
                     matrix.weight += own
     for parameter in bank.parameters() if dist.is_initialized() else ():
@@ -221,11 +222,11 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
-    Together they run `passes` times as many rows as the batch has, each on rows drawn for it, in proportion to g: such
-    a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers has more to learn than
-    what stands for two. The encoder's granularity is drawn for each, with chances in proportion to it: both are chosen
-    apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely meets again (README,
-    "Ablations"). "ce" and the other terms are means over the granularities.
+    Together they run `passes` times as many rows as the batch has, each on rows drawn for it, in proportion to g but
+    none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers has
+    more to learn than what stands for two. The encoder's granularity is drawn for each, with chances in proportion to
+    it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely
+    meets again (README, "Ablations"). "ce" and the other terms are means over the granularities.
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
     targets have no noise, and matching them with noise did not help (README, "What did not work"). Modules that see a
@@ -236,10 +237,13 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     bank.train(not distilling)
     bank.frame.requires_grad_(distilling)  # Theseus freezes what is no module
     grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
-    for own in grains.values():
-        if distilling or not own:  # the teacher's own layers: the frame must serve them, too; or there is no module
-            own[1] = []
-    lr_factors = {parameter: min(1.0, passes * g / sum(grains[stack])) ** 0.5 for stack in STACKS
+    for stack in STACKS:
+        if distilling or not grains[stack]:  # the teacher's own layers, which the frame must serve, too; or no module
+            grains[stack][1] = []
+    shares = {"decoder": {g: min(1.0, passes * g / sum(grains["decoder"])) for g in grains["decoder"]}}  # of the rows
+    shares["encoder"] = {g: min(1.0, sum(shares["decoder"].values()) * g / sum(grains["encoder"]))
+                         for g in grains["encoder"]}
+    lr_factors = {parameter: shares[stack][g] ** 0.5 for stack in STACKS
                   for g, spans in grains[stack].items() for start, stop in spans
                   for parameter in getattr(bank, stack)[f"{start}-{stop}"].parameters()}
 
@@ -251,9 +255,8 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
         theirs = run_teacher(teacher, source, target, weights) if distilling else None
         total, rates = {}, {stack: [] for stack in STACKS}
         for g in grains["decoder"]:
-            count = min(whole, math.ceil(passes * whole * g / sum(grains["decoder"])))
-            share = set(rng.sample(range(whole), count))
-            rows = [i for i, row in enumerate(range(rank, whole, world)) if row in share]  # those of this process
+            drawn = set(rng.sample(range(whole), math.ceil(whole * shares["decoder"][g] - 1e-9)))
+            rows = [i for i, row in enumerate(range(rank, whole, world)) if row in drawn]  # those of this process
             rows = torch.tensor(rows, dtype=torch.long, device=source.device)
             encoder_g = rng.choices(list(grains["encoder"]), weights=list(grains["encoder"]))[0]
             spans = {"encoder": grains["encoder"][encoder_g], "decoder": grains["decoder"][g]}

@@ -208,7 +208,8 @@ def main(argv):
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
         train_modules(teacher, bank, batches[args.targets], args.steps, lr=args.lr, name="bank", **loop)
         if first:
-            (out / "damage.json").unlink(missing_ok=True)  # of an older bank
+            (out / "damage.json").unlink(missing_ok=True)  # of an older bank, as these scores:
+            score.rows = {name: row for name, row in score.rows.items() if not name.startswith("assembly")}
             save_bank(bank, bank_file)
 
     folders = {}
@@ -353,7 +354,10 @@ def probe_rows(n):
 
 def check_plan(args, encoder, decoder):
     """Raise ValueError, before anything is written, for modules or baselines that the teacher's depth can not have."""
-    spans = [module_spans(n, args.granularities or divisors(n)) for n in (encoder, decoder)]
+    try:
+        spans = [module_spans(n, args.granularities or divisors(n)) for n in (encoder, decoder)]
+    except ValueError as error:
+        raise ValueError(f"--granularities, which are those of both stacks: {error}") from None
     if not any(spans):
         raise ValueError(f"{encoder}+{decoder} layers have no divisor from 2 to 6 for modules: give --granularities, "
                          f"or another depth")
@@ -404,15 +408,17 @@ def relabel(teacher, batches, args):
         if stored.get("sources") != made["sources"] or not isinstance(stored.get("targets"), list):
             raise ValueError(f"{file}: not of these {len(sources)} sources: remove it to make it anew")
         made = stored
+    rank, world = processes()
     for start in range(len(made["targets"]), len(sources), PORTION):
         say(f"pseudo-labels: what the teacher makes of {len(sources):,} sources with {PSEUDO_BEAMS} beams; {start:,} "
             f"are there")
-        if processes()[0] == 0:  # one does it for all: a near tie may fall otherwise elsewhere
-            made["targets"] += translate(teacher, sources[start:start + PORTION], PSEUDO_BEAMS, args, "pseudo-labels")
+        portion = sources[start:start + PORTION]
+        parts = [translate(teacher, portion[rank::world], PSEUDO_BEAMS, args, "pseudo-labels")] * world
+        if world > 1:
+            dist.all_gather_object(parts, parts[rank])
+        made["targets"] += [parts[i % world][i // world] for i in range(len(portion))]
+        if rank == 0:
             write_json(made, file)
-    if dist.is_initialized():
-        dist.barrier()
-        made = read_json(file)
     targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos]  # cut: ended here
                for ids in made["targets"]]
     return Batches(list(zip(sources, targets)), batches.tokens, batches.pad_id, batches.seed)
@@ -422,7 +428,7 @@ def translate(model, sources, num_beams, args, name):
     """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     outputs, size = [None] * len(order), 64
-    for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=None):
+    for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=processes()[0] > 0 or None):
         rows = order[i:i + size]
         ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
         with memory_for(f"{name}: {num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "

@@ -511,6 +511,19 @@ def test_modules_that_see_fewer_rows_take_smaller_steps():
             f"granularity {g} sees {share} of the rows: its first step is the root of that share of the rate"
 
 
+def test_modules_beside_a_decoder_of_one_layer_have_its_rows_alone(monkeypatch):
+    """Six encoder layers, granularities 1, 2, 3 and 6 drawn 1 to 2 to 3 to 6; one decoder layer: each row once."""
+    teacher, found = tiny(6, 1), {}
+    bank = mod.Bank(teacher)
+    monkeypatch.setattr(d, "fit", lambda *_, lr_factors, **__: found.update(lr_factors))
+    d.train_modules(teacher, bank, [(SOURCE, TARGET)], 1, lr=0.01, passes=2.0)
+    for start, stop in bank.spans["encoder"]:
+        wanted = ((stop - start) / 12) ** 0.5
+        for parameter in bank.encoder[f"{start}-{stop}"].parameters():
+            assert found[parameter] == pytest.approx(wanted), \
+                f"no row runs twice: module {start}-{stop} sees {stop - start} / 12 of them"
+
+
 # ---- several processes
 
 RUNS = {"teacher": dict(weights={"ce": 1.0}), "kd": dict(weights=dict.fromkeys(TERMS, 1.0)),
@@ -974,6 +987,16 @@ def test_a_larger_ridge_moves_the_weights_less():
         moved.append((bank.encoder["0-2"].feed_forward.wo.weight
                       - teacher.encoder.layers[0].feed_forward.wo.weight).norm().item())
     assert moved[0] > moved[1] > moved[2] and moved[2] < 1e-3, f"the ridge holds the weights where they are: {moved}"
+
+
+def test_calibration_leaves_a_silent_sub_layer_alone():
+    """Of which no feature is ever active, as in a pruned model: nothing to fit, and no matrix to invert."""
+    teacher = tiny(2, 2)
+    with torch.no_grad():
+        teacher.encoder.layers[0].feed_forward.wi.weight.zero_()
+    bank = mod.Bank(teacher)
+    d.calibrate(teacher, bank, toy_batches(4))
+    assert torch.equal(bank.encoder["0-2"].feed_forward.wo.weight, teacher.encoder.layers[0].feed_forward.wo.weight)
 
 
 def test_calibration_moves_output_matrices_alone():

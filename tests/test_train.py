@@ -235,6 +235,13 @@ def test_two_processes_make_one_run(files, tmp_path):
         [(stage, step) for stage in ("teacher", "bank", "kd 1+1") for step in (1, 2, 3, 4)], "and one writes the log"
     rows = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"]
     assert {"teacher", "assembly 1+1", "kd 1+1"} < set(rows)
+    both = read_json(tmp_path / "run" / "pseudo.json")
+    (tmp_path / "run" / "pseudo.json").unlink()
+    args = train.parse_args(["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    tokenizer, teacher = Tokenizer(tmp_path / "run"), load_t5(tmp_path / "run" / "teacher")
+    pairs = encode_pairs(tokenizer, train.read_data(args)["train"], args.max_length)[0]
+    train.relabel(teacher, Batches(pairs, args.batch_tokens, tokenizer.pad_id, args.seed), args)
+    assert both == read_json(tmp_path / "run" / "pseudo.json"), "two share the pseudo-labels: each is in its place"
 
 
 def test_table_has_the_teacher_eight_assemblies_and_the_baselines(finished):
@@ -559,7 +566,8 @@ def bad(name, edit=None, *extra, says=()):
     bad("no such teacher", None, "--teacher", "./nowhere", says=["./nowhere"]),
     bad("teacher without a tensor", lambda d: None, "--teacher", "{incomplete}",
         says=["decoder.final_layer_norm.weight"]),
-    bad("granularity that does not tile", None, "--granularities", "4", says=["4", "6 layers", "2, 3, 6"]),
+    bad("granularity that does not tile", None, "--granularities", "4",
+        says=["--granularities", "4", "6 layers", "2, 3, 6"]),
     bad("unknown baseline", None, "--baselines", "magic:1+1", says=["magic"]),
     bad("malformed baseline", None, "--baselines", "kd:6", says=["kd:6"]),
     bad("baseline deeper than the teacher", None, "--baselines", "kd:9+1", says=["kd:9+1", "6+6 layers"]),
@@ -631,6 +639,10 @@ def test_resume_puts_right_what_was_left(finished, tmp_path):
     (out / "valid.safetensors").unlink()
     (out / "bank.safetensors").unlink()
     (out / "damage.json").write_bytes(b"{}")
+    results = read_json(out / "results.json")
+    for name in ("sft 3+3", "assembly 3+3"):
+        results["rows"][name]["share"] = -1.0
+    write_json(results, out / "results.json")
     (out / "checkpoint.pt.part").write_bytes(b"half")
     log = (out / "log.jsonl").read_bytes()
     (out / "log.jsonl").write_bytes(log + b'{"stage": "ba')
@@ -639,6 +651,8 @@ def test_resume_puts_right_what_was_left(finished, tmp_path):
     assert not list(out.rglob("*.part")) and (out / "log.jsonl").read_bytes().startswith(log + b'{"stage": "bank"')
     assert (out / "bank.safetensors").read_bytes() == (finished / "bank.safetensors").read_bytes()
     assert not (out / "damage.json").exists(), "what was measured of an older bank goes"
+    rows = read_json(out / "results.json")["rows"]
+    assert rows["assembly 3+3"]["share"] >= 0 and rows["sft 3+3"]["share"] == -1, "its scores too, but no others"
 
 
 def fails(files, out, capsys, *options):
