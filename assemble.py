@@ -407,8 +407,8 @@ def parse_args(argv):
         raise ValueError("give one of --ratio, --speedup, --params, --list, or --encoder with --decoder")
     if bool(args.encoder) != bool(args.decoder):
         raise ValueError("--encoder and --decoder go together")
-    if args.params is not None and args.strategy != "search":
-        raise ValueError(f"--params goes with --strategy search, not {args.strategy}")
+    if (args.params is not None or args.list) and args.strategy != "search":
+        raise ValueError(f"{'--list' if args.list else '--params'} goes with --strategy search, not {args.strategy}")
     if args.out and (args.list or args.out.exists()):
         raise ValueError(f"--out {args.out}: " + ("--list writes no model" if args.list else
                                                   "is there already: choose another, or remove it"))
@@ -447,7 +447,7 @@ def count(text):
     match = re.fullmatch(r"(\d+\.?\d*)([KMB]?)", text)
     if not match:
         raise ValueError
-    return float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]]
+    return round(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
 
 
 def assemblies(teacher, bank):
