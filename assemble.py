@@ -229,7 +229,7 @@ def path_damage(damage):
     return lambda previous, span: damage.get((span,), 0.0) + damage.get((previous, span), 0.0)
 
 
-def rank(damage, paths):
+def preference(damage, paths):
     """The order of assemblies: less damage first; of those that do next to none the fastest, whose decoder, which runs
     once a token, has the fewest layers. 300 sentences do not tell a thousandth of a nat."""
     return max(damage, 1e-3), len(paths["decoder"]), len(paths["encoder"])
@@ -237,13 +237,13 @@ def rank(damage, paths):
 
 def candidates(teacher, bank, damage, allowed):
     """The assembly of least estimated damage for each pair of depths that allowed(e, d) holds for, in the order of
-    `rank`: [(damage, {"encoder": path, "decoder": path}), ...]. Of all tilings exactly these; the estimate takes it
-    that damages of modules, and of neighbours, add up."""
+    `preference`: [(damage, {"encoder": path, "decoder": path}), ...]. Of all tilings exactly these; the estimate takes
+    it that damages of modules, and of neighbours, add up."""
     encoders, decoders = (best_paths(teacher.depths[stack], bank.spans[stack], path_damage(damage[stack]))
                           for stack in STACKS)
     return sorted(((a + b, {"encoder": encoder, "decoder": decoder})
                    for e, (a, encoder) in encoders.items()
-                   for d, (b, decoder) in decoders.items() if allowed(e, d)), key=lambda found: rank(*found))
+                   for d, (b, decoder) in decoders.items() if allowed(e, d)), key=lambda found: preference(*found))
 
 
 def search(teacher, bank, damage, allowed, batches, k=8):
@@ -257,7 +257,7 @@ def search(teacher, bank, damage, allowed, batches, k=8):
     if not found:
         return None
     far = divergences(teacher, [(frame_of(teacher, bank, each), bank.layers(teacher, each)) for each in found], batches)
-    return min(zip(far, found), key=lambda each: rank(*each))[1]
+    return min(zip(far, found), key=lambda each: preference(*each))[1]
 
 
 # ---- building, measuring, writing

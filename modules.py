@@ -25,7 +25,7 @@ from model import T5, read_safetensors, write_safetensors
 STACKS = ("encoder", "decoder")
 
 
-def divisors(n):
+def default_granularities(n):
     """The granularities from 2 to 6, the paper's 6x, that tile n layers with equal spans: 12 -> [2, 3, 4, 6]."""
     return [g for g in range(2, 7) if n % g == 0]
 
@@ -76,7 +76,7 @@ class Bank(nn.Module):
     they run in: a T5 without layers, a copy of the teacher's that trains with them. A model of few layers reads its
     words in another way than one of many (README, "Ablations").
 
-    granularities: {"encoder": [2, 3], "decoder": [2, 3]}; by default all of `divisors`.
+    granularities: {"encoder": [2, 3], "decoder": [2, 3]}; by default all of `default_granularities`.
     init: how a module starts, see `merge`. `distill.calibrate` then fits it to its span without a training step.
     """
     def __init__(self, teacher, granularities=None, init="copy"):
@@ -84,7 +84,7 @@ class Bank(nn.Module):
         self.spans = {}
         for stack in STACKS:
             layers = getattr(teacher, stack).layers
-            chosen = divisors(len(layers)) if granularities is None else granularities[stack]
+            chosen = default_granularities(len(layers)) if granularities is None else granularities[stack]
             self.spans[stack] = module_spans(len(layers), chosen)
             modules = {f"{start}-{stop}": merge(layers, start, stop, init) for start, stop in self.spans[stack]}
             setattr(self, stack, nn.ModuleDict(modules))

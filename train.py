@@ -36,7 +36,7 @@ from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read
 from distill import CE_ONLY, calibrate, pick_dtype, processes, shrink, train_modules, train_student, validation_loss
 from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, read_json,
                    write_json)
-from modules import STACKS, Bank, divisors, load_bank, module_spans, path_of, save_bank
+from modules import STACKS, Bank, default_granularities, load_bank, module_spans, path_of, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
 BASELINES = ("sft", "kd", "pseudo", "theseus")
@@ -355,7 +355,7 @@ def probe_rows(n):
 def check_plan(args, encoder, decoder):
     """Raise ValueError, before anything is written, for modules or baselines that the teacher's depth can not have."""
     try:
-        spans = [module_spans(n, args.granularities or divisors(n)) for n in (encoder, decoder)]
+        spans = [module_spans(n, args.granularities or default_granularities(n)) for n in (encoder, decoder)]
     except ValueError as error:
         raise ValueError(f"--granularities, which are those of both stacks: {error}") from None
     if not any(spans):

@@ -524,7 +524,7 @@ def test_of_those_that_do_no_damage_the_fastest():
         found = a.candidates(teacher, bank, every_damage(bank, damage), lambda e, d: True)
         assert tuple(map(len, found[0][1].values())) == depths, "below a thousandth of a nat damage does not count"
     order = sorted(itertools.product((0.0009, 0.002), (3, 4), (3, 4)),
-                   key=lambda each: a.rank(each[0], {"decoder": each[1] * "x", "encoder": each[2] * "x"}))
+                   key=lambda each: a.preference(each[0], {"decoder": each[1] * "x", "encoder": each[2] * "x"}))
     assert order == sorted(order), "damage, then layers of the decoder, then of the encoder"
 
 

@@ -44,8 +44,8 @@ def assert_tiles(path, n):
 
 @pytest.mark.parametrize("n, expected", (
     (1, []), (4, [2, 4]), (5, [5]), (6, [2, 3, 6]), (7, []), (8, [2, 4]), (12, [2, 3, 4, 6]), (24, [2, 3, 4, 6])))
-def test_divisors_by_hand(n, expected):
-    assert mod.divisors(n) == expected, f"the granularities from 2 to 6 that divide {n} are {expected}"
+def test_default_granularities_by_hand(n, expected):
+    assert mod.default_granularities(n) == expected, f"the granularities from 2 to 6 that divide {n} are {expected}"
 
 
 def test_module_spans_by_hand():
@@ -60,7 +60,7 @@ def test_module_spans_by_hand():
 
 @pytest.mark.parametrize("n", (4, 6, 7, 12, 24))
 def test_each_granularity_tiles(n):
-    for g in mod.divisors(n) + ([n] if n > 1 else []):
+    for g in mod.default_granularities(n) + ([n] if n > 1 else []):
         spans = mod.module_spans(n, [g])
         assert_tiles(spans, n)
         assert {stop - start for start, stop in spans} == {g}, f"granularity {g} means spans of {g} layers"

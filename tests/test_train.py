@@ -22,7 +22,7 @@ from assemble import assemble
 from assemble import main as assemble_main
 from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus
 from model import load_t5, read_json, read_safetensors, write_json, write_safetensors
-from modules import STACKS, Bank, divisors, load_bank, module_spans
+from modules import STACKS, Bank, default_granularities, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--steps", "4",
@@ -218,7 +218,7 @@ def test_toy_data_by_default():
     (2, 2, [(2, 1), (1, 1), (1, 2)])))
 def test_shapes_of_the_table_by_hand(encoder, decoder, shapes):
     teacher = Namespace(depths={"encoder": encoder, "decoder": decoder})
-    bank = Namespace(spans={stack: module_spans(n, divisors(n)) for stack, n in teacher.depths.items()})
+    bank = Namespace(spans={stack: module_spans(n, default_granularities(n)) for stack, n in teacher.depths.items()})
     assert train.study_shapes(teacher, bank) == shapes, \
         f"{encoder}+{decoder}: 1.1x to 6x, both stacks alike, then half and the least of each stack alone; none twice"
 
