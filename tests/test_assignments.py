@@ -204,7 +204,7 @@ EXERCISES = {
             Wrong("the teacher's rows in another order", "some_rows(theirs, rows,", "some_rows(theirs, rows.flip(0),",
                   "must be those of the rows that the path runs"),
             Wrong("every granularity on as many rows", 'min(1.0, passes * g / sum(grains["decoder"]))',
-                  'passes / len(grains["decoder"])', "rows, rounded up"),
+                  'min(1.0, passes / len(grains["decoder"]))', "rows, rounded up"),
             Wrong("every granularity on the first rows", 'rng.sample(range(whole), math.ceil', "range(math.ceil",
                   "draws the rows anew"),
             Wrong("the encoder's granularities with equal chances", 'weights=list(grains["encoder"])', "weights=None",
