@@ -14,7 +14,6 @@ import ast
 import gc
 import json
 import os
-import queue
 import re
 import shlex
 import shutil
@@ -328,27 +327,18 @@ class Grader:
         return json.loads(self.process.stdout.readline())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def graded(tmp_path_factory, request):
-    """{test id: future of the exit status and output}: two graders are ahead of the tests that wait for them."""
-    free = queue.SimpleQueue()
-    graders = [Grader(tmp_path_factory.mktemp("course") / "project") for _ in range(2)]
-    for each in graders:
-        free.put(each)
-
-    def grade(exercise, sources):
-        mine = free.get()
-        try:
-            return mine.grade(exercise.command, sources)
-        finally:
-            free.put(mine)
-    with ThreadPoolExecutor(len(graders)) as pool:
-        yield {item.nodeid: pool.submit(grade, *QUESTIONS[item.originalname](**item.callspec.params))
+    """{test id: future of the exit status and output}. The grader works on a second core while other tests run, which
+    conftest.py puts between the first test that asks for it and the rest of them."""
+    grader = Grader(tmp_path_factory.mktemp("course") / "project")
+    with ThreadPoolExecutor(1) as pool:
+        yield {item.nodeid: pool.submit(lambda exercise, sources: grader.grade(exercise.command, sources),
+                                        *QUESTIONS[item.originalname](**item.callspec.params))
                for item in request.session.items if "graded" in getattr(item, "fixturenames", ())}
         pool.shutdown(cancel_futures=True)  # those of tests that will not run, after a failure or an interrupt
-    for each in graders:
-        each.process.stdin.close()
-        each.process.wait()
+    grader.process.stdin.close()
+    grader.process.wait()
 
 
 def missing_body(name, function):
