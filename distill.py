@@ -202,7 +202,7 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
 
     for stack in STACKS:
         for start, stop in bank.spans[stack]:
-            module = getattr(bank, stack)[f"{start}-{stop}"]
+            module = bank.module(stack, (start, stop))
             matrices = [part for name, part in module.named_modules() if name.rpartition(".")[2] in ("o", "wo")]
             widths = [matrix.weight.size(1) for matrix in matrices]
             for _ in range(rounds):
@@ -222,10 +222,10 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
-    Together they run `passes` times as many rows as the batch has, each on rows drawn for it, in proportion to g but
-    none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers has
-    more to learn than what stands for two. The encoder's granularity is drawn for each, with chances in proportion to
-    it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely
+    Together they run at most `passes` times as many rows as the batch has, each on rows drawn for it, in proportion to
+    g but none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers
+    has more to learn than what stands for two. The encoder's granularity is drawn for each, with chances in proportion
+    to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely
     meets again (README, "Ablations"). "ce" and the other terms are means over the granularities.
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
@@ -244,8 +244,8 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     shares["encoder"] = {g: min(1.0, sum(shares["decoder"].values()) * g / sum(grains["encoder"]))
                          for g in grains["encoder"]}
     lr_factors = {parameter: shares[stack][g] ** 0.5 for stack in STACKS
-                  for g, spans in grains[stack].items() for start, stop in spans
-                  for parameter in getattr(bank, stack)[f"{start}-{stop}"].parameters()}
+                  for g, spans in grains[stack].items() for span in spans
+                  for parameter in bank.module(stack, span).parameters()}
 
     def step_loss(step, source, target):
         """Paths of each granularity of the decoder, and what they cost: terms by name, and the rates to log."""
@@ -255,6 +255,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
         theirs = run_teacher(teacher, source, target, weights) if distilling else None
         total, rates = {}, {stack: [] for stack in STACKS}
         for g in grains["decoder"]:
+            # Rounded up, so that each has a row; 1e-9, as what should be a whole number may be a last bit above it.
             drawn = set(rng.sample(range(whole), math.ceil(whole * shares["decoder"][g] - 1e-9)))
             rows = [i for i, row in enumerate(range(rank, whole, world)) if row in drawn]  # those of this process
             rows = torch.tensor(rows, dtype=torch.long, device=source.device)

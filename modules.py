@@ -91,10 +91,15 @@ class Bank(nn.Module):
         self.frame = with_layers(teacher, dict.fromkeys(STACKS, ()))
         self.requires_grad_(True)
 
+    def module(self, stack, span):
+        """The module of that stack, "encoder" or "decoder", for layers start to stop - 1 of the teacher."""
+        start, stop = span
+        return getattr(self, stack)[f"{start}-{stop}"]
+
     def layers(self, teacher, paths):
         """{"encoder": path, "decoder": path} -> the lists of layers that they name, for `T5.encode` and `T5.decode`."""
         return {stack: [getattr(teacher, stack).layers[start] if stop - start == 1
-                        else getattr(self, stack)[f"{start}-{stop}"] for start, stop in paths[stack]]
+                        else self.module(stack, (start, stop)) for start, stop in paths[stack]]
                 for stack in STACKS}
 
 

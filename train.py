@@ -414,7 +414,7 @@ def relabel(teacher, batches, args):
             f"are there")
         portion = sources[start:start + PORTION]
         parts = [translate(teacher, portion[rank::world], PSEUDO_BEAMS, args, "pseudo-labels")] * world
-        if world > 1:
+        if world > 1:  # a place for each process's: the others' come now
             dist.all_gather_object(parts, parts[rank])
         made["targets"] += [parts[i % world][i // world] for i in range(len(portion))]
         if rank == 0:
