@@ -147,9 +147,9 @@ def divergences(teacher, models, batches):
     total, count = [0.0] * len(models), 0
     for source, target in batches:
         source, target = (ids.to(teacher.embedding.weight.device) for ids in (source, target))
-        theirs = run_stacks(teacher, source, target)["logits"]  # once for all models
+        theirs = run_stacks(teacher, source, target)["log_probs"]  # once for all models
         for i, (frame, layers) in enumerate(models):
-            ours = run_stacks(frame, source, target, layers)["logits"]
+            ours = run_stacks(frame, source, target, layers)["log_probs"]
             total[i] += len(theirs) * logit_distillation(ours, theirs).item()
         count += len(theirs)
     return [each / count for each in total]

@@ -35,17 +35,16 @@ CE_ONLY = {"ce": 1.0}
 
 # ---- the losses: N counts the non-pad target tokens, V the vocabulary
 
-def cross_entropy(logits, targets):
-    """L_ce = -1/N sum_n log p_student(y_n | y_<n, x).  logits (N, V), targets (N,) -> scalar."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / over_processes(len(targets), logits)
+def cross_entropy(student, targets):
+    """L_ce = -1/N sum_n log p_student(y_n | y_<n, x).  log p (N, V), targets (N,) -> scalar."""
+    return F.nll_loss(student, targets, reduction="sum") / over_processes(len(targets), student)
 
 
 def logit_distillation(student, teacher):
-    """L_kd = 1/N sum_n KL(p_teacher || p_student), both at temperature 1.  Two (N, V) logits -> scalar.
+    """L_kd = 1/N sum_n KL(p_teacher || p_student), both at temperature 1.  Two log p (N, V) -> scalar.
 
     The mean is over tokens: torch's "batchmean" would divide by the batch and grow with the sentences' length.
     """
-    teacher, student = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
     return F.kl_div(student, teacher, reduction="sum", log_target=True) / over_processes(len(student), student)
 
 
@@ -98,14 +97,14 @@ def run_stacks(model, source, target, layers=None, probs=False):
     """All that a loss may look at, of a model that runs freely: its decoder reads its own memory, as it will alone.
 
     source (B, S) and target (B, T) are padded token ids; layers: {"encoder": list, "decoder": list} to run in place of
-    the model's own. Returns {"encoder": StackOutput, "decoder": StackOutput, "logits": (N, V)}, logits of the real
-    tokens alone, row by row.
+    the model's own. Returns {"encoder": StackOutput, "decoder": StackOutput, "log_probs": (N, V)}, of the real tokens
+    alone, row by row: log p, always in float32, which two losses share.
     """
     layers, mask = layers or dict.fromkeys(STACKS), source != model.config.pad_token_id
     encoded = model.encode(source, layers["encoder"], probs)
     decoded = model.decode(shift_right(target, model.config), encoded.hidden, mask, layers["decoder"], probs)
-    return {"encoder": encoded, "decoder": decoded,
-            "logits": model.logits(decoded.hidden[target != model.config.pad_token_id])}
+    logits = model.logits(decoded.hidden[target != model.config.pad_token_id])
+    return {"encoder": encoded, "decoder": decoded, "log_probs": F.log_softmax(logits.float(), -1)}
 
 
 @torch.no_grad()
@@ -121,7 +120,7 @@ def some_rows(outputs, rows, real):
     few = {stack: StackOutput(outputs[stack].hidden[rows], [state[rows] for state in outputs[stack].states],
                               [[p if p is None else p[rows] for p in probs] for probs in outputs[stack].probs])
            for stack in STACKS}
-    return {**few, "logits": outputs["logits"][tokens[real]]}
+    return {**few, "log_probs": outputs["log_probs"][tokens[real]]}
 
 
 def losses(student, source, target, weights, theirs=None, layers=None, paths=None):
@@ -135,9 +134,9 @@ def losses(student, source, target, weights, theirs=None, layers=None, paths=Non
     masks = {"encoder": source != student.config.pad_token_id, "decoder": target != student.config.pad_token_id}
     probs = "attention" in weights
     ours = run_stacks(student, source, target, layers, probs)
-    terms = {"ce": cross_entropy(ours["logits"], target[masks["decoder"]])}
+    terms = {"ce": cross_entropy(ours["log_probs"], target[masks["decoder"]])}
     if theirs is not None:
-        terms["logits"] = logit_distillation(ours["logits"], theirs["logits"])
+        terms["logits"] = logit_distillation(ours["log_probs"], theirs["log_probs"])
         hidden, attention = [], []
         for stack in STACKS:
             for i, (_, stop) in enumerate(paths[stack]):

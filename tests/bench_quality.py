@@ -299,7 +299,7 @@ def reference_teacher(study, seed):
             logits = model(input_ids=source, attention_mask=source != config.pad_token_id,
                            decoder_input_ids=shift_right(target, config)).logits
             real = target != config.pad_token_id
-            return {"ce": cross_entropy(logits[real], target[real])}, {}
+            return {"ce": cross_entropy(logits[real].float().log_softmax(-1), target[real])}, {}
         fit(model, step_loss, batches, steps, weights=CE_ONLY, lr=lr, name="hugging face",
             **study.loop(f"hugging-face-{steps}", seed))
         model.save_pretrained(folder)

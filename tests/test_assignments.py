@@ -159,7 +159,7 @@ EXERCISES = {
         "distill.py", {"cross_entropy": "L_ce = ", "logit_distillation": "L_kd = ", "hidden_distillation": "L_hid = ",
                        "attention_distillation": "L_att = "},
         "tests/test_distill.py -k 'entropy or distillation_by_hand'", [
-            Wrong("a sum over tokens, not a mean", 'reduction="sum") / over_processes(len(targets), logits)',
+            Wrong("a sum over tokens, not a mean", 'reduction="sum") / over_processes(len(targets), student)',
                   'reduction="sum")', "the mean over tokens of -log p"),
             Wrong("KL the wrong way round", "F.kl_div(student, teacher,", "F.kl_div(teacher, student,",
                   "the teacher's p stands before the log"),

@@ -86,15 +86,16 @@ def log_probs(row):
 
 def test_cross_entropy_by_hand():
     """L_ce = -1/N sum_n log p_student(y_n | y_<n, x)."""
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])  # p = (1/4, 3/4) and (1/2, 1/2)
+    student = torch.tensor([[1 / 4, 3 / 4], [1 / 2, 1 / 2]]).log()
     expected = -(math.log(3 / 4) + math.log(1 / 2)) / 2
-    assert d.cross_entropy(logits, torch.tensor([1, 0])).item() == pytest.approx(expected, abs=1e-6), \
+    assert d.cross_entropy(student, torch.tensor([1, 0])).item() == pytest.approx(expected, abs=1e-6), \
         "the mean over tokens of -log p(token): here -(log 3/4 + log 1/2) / 2"
 
 
 def test_logit_distillation_by_hand():
     """L_kd = 1/N sum_n KL(p_teacher || p_student)."""
-    teacher, student = torch.tensor([[0.0, math.log(3)], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [5.0, 5.0]])
+    teacher = torch.tensor([[1 / 4, 3 / 4], [1 / 2, 1 / 2]]).log()
+    student = torch.tensor([[1 / 2, 1 / 2], [1 / 2, 1 / 2]]).log()
     expected = (0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)) / 2  # the second token agrees
     assert d.logit_distillation(student, teacher).item() == pytest.approx(expected, abs=1e-6), \
         "the mean over tokens of sum_v p_teacher log(p_teacher / p_student): the teacher's p stands before the log"
@@ -131,15 +132,15 @@ def test_attention_distillation_by_hand():
 
 def test_losses_are_computed_in_float32():
     torch.manual_seed(0)
-    a, b = torch.randn(6, 40) * 5, torch.randn(6, 40) * 5
-    half_a, half_b = a.bfloat16(), b.bfloat16()
+    a, b = (torch.randn(2, 3, 40).mul(5).bfloat16() for _ in range(2))
     mask = torch.ones(2, 3, dtype=torch.bool)
-    for ours, exact in (
-            (d.cross_entropy(half_a, torch.arange(6)), d.cross_entropy(half_a.float(), torch.arange(6))),
-            (d.logit_distillation(half_a, half_b), d.logit_distillation(half_a.float(), half_b.float())),
-            (d.hidden_distillation(half_a.view(2, 3, 40), half_b.view(2, 3, 40), mask),
-             d.hidden_distillation(half_a.view(2, 3, 40).float(), half_b.view(2, 3, 40).float(), mask))):
-        assert ours.dtype is torch.float32 and torch.equal(ours, exact), "16-bit inputs are summed in float32"
+    ours, exact = d.hidden_distillation(a, b, mask), d.hidden_distillation(a.float(), b.float(), mask)
+    assert ours.dtype is torch.float32 and torch.equal(ours, exact), "16-bit states are summed in float32"
+    model = tiny().bfloat16()
+    outputs = d.run_stacks(model, SOURCE, TARGET)
+    logits = model.logits(outputs["decoder"].hidden[TARGET != 0])
+    assert logits.dtype is torch.bfloat16 and torch.equal(outputs["log_probs"], logits.float().log_softmax(-1)), \
+        "16-bit logits become probabilities in float32"
 
 
 def test_shift_right_by_hand():
@@ -357,7 +358,7 @@ def test_some_rows_are_what_the_teacher_makes_of_these_rows_alone():
     teacher, rows = tiny(), torch.tensor([0, 2])
     few = d.some_rows(states_of(teacher), rows, TARGET != 0)
     alone = states_of(teacher, SOURCE[rows], TARGET[rows])
-    for what, ours, theirs in (("logits", [few["logits"]], [alone["logits"]]), *(
+    for what, ours, theirs in (("log p", [few["log_probs"]], [alone["log_probs"]]), *(
             (f"{stack} {what}", *map(flat, (getattr(few[stack], what), getattr(alone[stack], what))))
             for stack in mod.STACKS for what in ("hidden", "states", "probs"))):
         assert len(ours) == len(theirs)
@@ -385,7 +386,7 @@ def test_each_granularity_has_its_rows_of_every_batch(monkeypatch, granularities
         assert names is weights and (theirs is None) == (weights is d.CE_ONLY), "without distillation no teacher runs"
         if theirs is not None:
             alone = d.run_teacher(teacher, source, target, weights)
-            for ours, wanted in ((theirs["logits"], alone["logits"]), *(
+            for ours, wanted in ((theirs["log_probs"], alone["log_probs"]), *(
                     (theirs[stack].states[0], alone[stack].states[0]) for stack in mod.STACKS)):
                 torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4,
                                            msg="the teacher's outputs must be those of the rows that the path runs")
