@@ -233,14 +233,19 @@ def little_data(study, seed):
     everything = range(len(study.pairs["train"]))
     for k in (*LITTLE, len(everything)):
         batches = study.train(seed, {"data", study.args.targets}, random.Random(seed).sample(everything, k))
-        title, rows = f"little {steps}", [(kind, n // ratio) for kind in ("bank", "sft", "kd") for ratio in (2, 6)]
-        for kind, depth in rows:
+        title, kinds = f"little {steps}", ("bank", "sft", "kd", "calibrated kd")
+        for kind, depth in [(kind, n // ratio) for kind in kinds for ratio in (2, 6)]:
             def score():
+                name = f"{kind}-{depth}+{depth}-{k}-{steps}-{seed}"
                 if kind == "bank":
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
                     model = study.assembly(bank, depth, depth)
+                elif kind == "calibrated kd":  # how much of the bank's lead is its start?
+                    start = new_bank(study.teacher, batches[study.args.targets], study.args)
+                    model = study.assembly(start, depth, depth)
+                    train_student(model, batches[study.args.targets], steps, study.teacher, lr=study.args.lr, name=name,
+                                  **study.loop(name, seed))
                 else:
-                    name = f"{kind}-{depth}+{depth}-{k}-{steps}-{seed}"
                     model = study.student(kind, depth, depth, name, batches, seed)
                 return {**study.score(model, "test"), "valid": study.score(model, "valid")}
             study.measured(title, f"{k:,} {kind} {depth}+{depth}", seed, score)
