@@ -69,13 +69,15 @@ def main(argv):
     parser.add_argument("run", type=Path)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all but teacher by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="of each bank and student; by default the run's")
+    parser.add_argument("--steps", type=int, help="in little, ablations and teacher; by default the run's")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these ablations")
     parser.add_argument("--students", help='in main, such as "sft:6+6,kd:2+2"; by default all four kinds at 2x, 3x, 6x')
     asked = parser.parse_args(argv)
     for part in set(asked.parts) - set(PARTS):
         raise ValueError(f"{part}: not one of {', '.join(PARTS)}")
     study = Study(asked.run, asked.steps)
+    if not study.own_steps and set(asked.parts or PARTS) & {"main", "beam", "tuned"}:
+        raise ValueError("--steps: main, beam and tuned take those of the run; train another one with other --steps")
     for part in asked.parts or [part for part in PARTS if part != "teacher"]:
         for seed in asked.seeds if part != "speed" else [0]:
             if part == "main":
