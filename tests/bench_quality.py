@@ -75,10 +75,10 @@ def main(argv):
     asked = parser.parse_args(argv)
     for part in set(asked.parts) - set(PARTS):
         raise ValueError(f"{part}: not one of {', '.join(PARTS)}")
-    study = Study(asked.run, asked.steps)
-    if not study.own_steps and set(asked.parts or PARTS) & {"main", "beam", "tuned"}:
+    study, parts = Study(asked.run, asked.steps), asked.parts or [part for part in PARTS if part != "teacher"]
+    if not study.own_steps and {"main", "beam", "tuned"} & set(parts):
         raise ValueError("--steps: main, beam and tuned take those of the run; train another one with other --steps")
-    for part in asked.parts or [part for part in PARTS if part != "teacher"]:
+    for part in parts:
         for seed in asked.seeds if part != "speed" else [0]:
             if part == "main":
                 for title, name, model in models(study, seed, asked.students):

@@ -141,6 +141,14 @@ def test_losses_are_computed_in_float32():
     logits = model.logits(outputs["decoder"].hidden[TARGET != 0])
     assert logits.dtype is torch.bfloat16 and torch.equal(outputs["log_probs"], logits.float().log_softmax(-1)), \
         "16-bit logits become probabilities in float32"
+    teacher, paths = tiny(seed=3).bfloat16(), dict.fromkeys(mod.STACKS, [(0, 1)])
+    theirs = d.run_stacks(teacher, SOURCE, TARGET)
+    terms = d.losses(model, SOURCE, TARGET, {"ce": 1.0, "logits": 1.0}, theirs, paths=paths)
+    ours, target = logits.float(), teacher.logits(theirs["decoder"].hidden[TARGET != 0]).float().softmax(-1)
+    kl = F.cross_entropy(ours, target) - torch.special.entr(target).sum(-1).mean()
+    for term, exact in (("ce", F.cross_entropy(ours, TARGET[TARGET != 0])), ("logits", kl)):
+        assert terms[term].dtype is torch.float32, f"{term} is summed in float32"
+        assert terms[term].item() == pytest.approx(exact.item(), rel=1e-4), f"{term} is that of the logits in float32"
 
 
 def test_shift_right_by_hand():
