@@ -13,6 +13,7 @@ of each module, and of each two neighbours, adds damages up along a path, finds 
 programming, and scores the best few pairs of paths for real, with the even paths of their depths. Damage is how much
 farther from the teacher's probabilities those of the model are.
 """
+import argparse
 import math
 import os
 import re
@@ -20,11 +21,13 @@ import shutil
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from data import Tokenizer
 from distill import logit_distillation, run_stacks
 from model import (Cache, Parser, command_line, load_t5, read_json, read_safetensors, save_t5, write_json,
                    write_safetensors)
@@ -144,15 +147,15 @@ def divergences(teacher, models, batches):
     Not the loss on these targets: that looks at one word of each distribution, the one that happened to be written, and
     on 300 pairs it is too noisy to tell like assemblies apart (README, "What did not work").
     """
-    total, count = [0.0] * len(models), 0
+    total, tokens = [0.0] * len(models), 0
     for source, target in batches:
         source, target = (ids.to(teacher.embedding.weight.device) for ids in (source, target))
         theirs = run_stacks(teacher, source, target)["log_probs"]  # once for all models
         for i, (frame, layers) in enumerate(models):
             ours = run_stacks(frame, source, target, layers)["log_probs"]
             total[i] += len(theirs) * logit_distillation(ours, theirs).item()
-        count += len(theirs)
-    return [each / count for each in total]
+        tokens += len(theirs)
+    return [each / tokens for each in total]
 
 
 def damages(teacher, bank, batches):
@@ -177,24 +180,25 @@ def read_damages(run, teacher, bank, batches):
     """`damages`, from RUN/damage.json, {"divergence": {"encoder": {"0-2": 0.01, "0-2,2-4": -0.001, ...}, "decoder":
     ...}}, which is written on first use. Raises ValueError naming the file if it does not fit the bank."""
     file = run / "damage.json"
-    names = {stack: {modules: ",".join(f"{a}-{b}" for a, b in modules) for modules in neighbours(bank.spans[stack])}
-             for stack in STACKS}
+
+    def name(modules):
+        """((0, 2), (2, 4)) -> "0-2,2-4"."""
+        return ",".join(f"{a}-{b}" for a, b in modules)
     if not file.exists():
-        found = damages(teacher, bank, batches)
-        write_json({"divergence": {stack: {name: found[stack][modules] for modules, name in names[stack].items()}
-                                   for stack in STACKS}}, file)
+        write_json({"divergence": {stack: {name(modules): each for modules, each in found.items()}
+                                   for stack, found in damages(teacher, bank, batches).items()}}, file)
     stored = read_json(file)
     try:
-        return {stack: {modules: float(stored["divergence"][stack][name]) for modules, name in names[stack].items()}
-                for stack in STACKS}
+        return {stack: {modules: float(stored["divergence"][stack][name(modules)])
+                        for modules in neighbours(bank.spans[stack])} for stack in STACKS}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
 
 
 def layer_seconds(teacher, source, tokens=24, rounds=5):
     """(fixed, one encoder layer, one decoder layer): seconds of generating `tokens` positions for `source`, none below
-    0, fitted to the measured times of four depths. The errors' squares are summed as shares of the times, or what the
-    clock does in a large model would decide the time of a small one. All layers of a stack have one shape, so that a
+    0, fitted to the measured times of four depths. The errors' squares are summed as shares of the times, or the
+    noise in those of large models would swamp those of small ones. All layers of a stack have one shape, so that a
     model's time follows from its depths."""
     n = teacher.depths
     shapes = sorted({(e, d) for e in (1, n["encoder"]) for d in (1, n["decoder"])})
@@ -237,8 +241,8 @@ def preference(damage, paths):
 
 def candidates(teacher, bank, damage, allowed):
     """The assembly of least estimated damage for each pair of depths that allowed(e, d) holds for, in the order of
-    `preference`: [(damage, {"encoder": path, "decoder": path}), ...]. Of all tilings exactly these; the estimate takes
-    it that damages of modules, and of neighbours, add up."""
+    `preference`: [(damage, {"encoder": path, "decoder": path}), ...]. The search through all tilings is exact; the
+    estimate takes it that damages of modules, and of neighbours, add up."""
     encoders, decoders = (best_paths(teacher.depths[stack], bank.spans[stack], path_damage(damage[stack]))
                           for stack in STACKS)
     return sorted(((a + b, {"encoder": encoder, "decoder": decoder})
@@ -248,8 +252,8 @@ def candidates(teacher, bank, damage, allowed):
 
 def search(teacher, bank, damage, allowed, batches, k=8):
     """The best assembly under a budget: of the first k `candidates` and the even paths of the same depths that which is
-    nearest to the teacher, in the order of `rank`; None if no depths are allowed. Even paths, as what trained together
-    as a whole may do better than any two neighbours of it tell."""
+    nearest to the teacher, in the order of `preference`; None if no depths are allowed. Even paths, as what trained
+    together as a whole may do better than any two neighbours of it tell."""
     found = []
     for _, paths in candidates(teacher, bank, damage, allowed)[:k]:
         even = even_paths(teacher, bank, *map(len, paths.values()))
@@ -308,7 +312,7 @@ def possible_speedup(teacher, model, tokens=24):
 def seconds(model, source, tokens):
     """Seconds to encode `source` (B, S) and decode `tokens` positions greedily, never stopping early."""
     mask, token = source != model.config.pad_token_id, source.new_zeros(len(source), 1)
-    wait = torch.cuda.synchronize if source.is_cuda else lambda: None
+    wait = partial(torch.cuda.synchronize, source.device) if source.is_cuda else lambda: None
     wait()
     start = time.perf_counter()
     memory = model.encode(source).hidden
@@ -329,15 +333,15 @@ def speedup(teacher, model, source, tokens=24, rounds=7):
 def export(model, tokenizer_file, folder):
     """Write `model` with its tokenizer as a T5 folder that this project and Hugging Face read. The folder appears only
     when complete. Raises ValueError if it is there already."""
-    folder, part = Path(folder), Path(f"{folder}.part")
+    folder, part, tokenizer = Path(folder), Path(f"{folder}.part"), Tokenizer(tokenizer_file)
     if folder.exists():
         raise ValueError(f"{folder}: is there already: choose another --out, or remove it")
     shutil.rmtree(part, ignore_errors=True)
     try:
         save_t5(model, part)
-        shutil.copyfile(tokenizer_file, part / "spiece.model")
-        write_json({"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "eos_token": "</s>", "unk_token": "<unk>",
-                    "pad_token": "<pad>"}, part / "tokenizer_config.json")
+        tokenizer.save(part)
+        write_json({"tokenizer_class": "T5Tokenizer", "extra_ids": tokenizer.sentinels, "eos_token": "</s>",
+                    "unk_token": "<unk>", "pad_token": "<pad>"}, part / "tokenizer_config.json")
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -395,7 +399,7 @@ def parse_args(argv):
     parser.add_argument("--params", type=count, help="at most so many parameters, such as 40M")
     parser.add_argument("--encoder", help="span lengths, such as 2,2,1,1,6")
     parser.add_argument("--decoder", help="span lengths")
-    parser.add_argument("--list", action="store_true", help="by estimate: every depth that no faster one beats")
+    parser.add_argument("--list", action="store_true", help="list, by estimate, the depths that no faster ones beat")
     parser.add_argument("--strategy", choices=("search", *STRATEGIES), default="search",
                         help="the best of all assemblies, or by rule which layers go first")
     parser.add_argument("--out", type=Path, help="write the model to this folder")
@@ -446,7 +450,7 @@ def count(text):
     """"40M" -> 40,000,000; "500K" and plain numbers, too."""
     match = re.fullmatch(r"(\d+\.?\d*)([KMB]?)", text)
     if not match:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: not a number such as 40M")
     return round(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
 
 
@@ -456,7 +460,7 @@ def assemblies(teacher, bank):
 
 
 def print_frontier(teacher, bank, damage, speed, params):
-    """Every depth that no faster one beats: a Markdown table, from the teacher to the smallest."""
+    """All pairs of depths that no faster pair beats: a Markdown table, from the teacher to the smallest."""
     best = [(len(paths["encoder"]), len(paths["decoder"]), estimate, paths)
             for estimate, paths in candidates(teacher, bank, damage, lambda e, d: True)]
     print(f"{assemblies(teacher, bank):,} assemblies; worth choosing, by estimated damage in nats a token over "
@@ -493,9 +497,12 @@ def choose_speedup(bank, teacher, wanted, strategy, source):
 def parse_path(text, option):
     """"2,2,1" -> [(0, 2), (2, 4), (4, 5)]. Raises ValueError naming the option."""
     try:
-        return path_of([int(length) for length in text.split(",")])
+        lengths = [int(length) for length in text.split(",")]
+        if min(lengths) < 1:
+            raise ValueError
     except ValueError:
         raise ValueError(f"{option} {text}: not span lengths such as 2,2,1") from None
+    return path_of(lengths)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,16 @@ class Tokenizer:
         self.pad_id, self.eos_id, self.unk_id = 0, 1, 2
         if (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()) != (0, 1, 2):
             raise ValueError(f"{path}: not a T5 tokenizer: its pad, eos and unk are not ids 0, 1 and 2")
-        self.vocab_size = len(self.pieces) + SENTINELS
+        # mT5 has them among its pieces: "▁<extra_id_0>" is 250099 there.
+        self.sentinels = SENTINELS if self.pieces.piece_to_id("▁<extra_id_0>") == self.unk_id else 0
+        self.vocab_size = len(self.pieces) + self.sentinels
 
     def encode(self, text):
-        """Text -> ids, ending in eos. The text on either side of a sentinel is encoded by itself."""
+        """Text -> ids, ending in eos. The text on either side of a sentinel is encoded by itself. ValueError for half a
+        surrogate pair, which is what Python makes of bytes that are not UTF-8."""
+        text.encode()  # raises it; SentencePiece would end in a RuntimeError
         ids = []
-        for i, part in enumerate(SENTINEL.split(text)):  # text, number, text, number, …, text
+        for i, part in enumerate(SENTINEL.split(text) if self.sentinels else [text]):  # text, number, text, …, text
             ids += [self.vocab_size - 1 - int(part)] if i % 2 else self.pieces.encode(part)
         return ids + [self.eos_id]
 

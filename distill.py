@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import StackOutput, memory_for, new_file
-from modules import (STACKS, by_granularity, evenly, path_of, realised_rate, replacement_rate, sample_path,
-                     with_layers)
+from modules import STACKS, by_granularity, evenly, realised_rate, replacement_rate, sample_path, with_layers
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
 CE_ONLY = {"ce": 1.0}
@@ -187,17 +186,18 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
         runs["decoder"].append((decode, decode().states, target != pad))
 
     def observe(stack, start, stop, module, matrices):
-        """x (N, features) and r (N, d_model) of all tokens."""
-        read, x, r = {}, [], []
+        """sum_n x_n x_n^T (features, features) and sum_n r_n x_n^T (d_model, features) of all tokens."""
+        read, xx, rx = {}, 0.0, 0.0
         hooks = [matrix.register_forward_pre_hook(lambda own, inputs: read.update({own: inputs[0]}))
                  for matrix in matrices]
         for run, states, mask in runs[stack]:
             layers = [lambda *_: (states[start - 1], ()), module] if start else [module]  # from the teacher's state on
-            r.append((states[stop - 1] - run(layers=layers).states[-1])[mask])
-            x.append(torch.cat([read[matrix] for matrix in matrices], -1)[mask])
+            r = (states[stop - 1] - run(layers=layers).states[-1])[mask]
+            x = torch.cat([read[matrix] for matrix in matrices], -1)[mask]
+            xx, rx = xx + x.T @ x, rx + r.T @ x
         for hook in hooks:
             hook.remove()
-        return torch.cat(x), torch.cat(r)
+        return xx, rx
 
     for stack in STACKS:
         for start, stop in bank.spans[stack]:
@@ -205,9 +205,9 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
             matrices = [part for name, part in module.named_modules() if name.rpartition(".")[2] in ("o", "wo")]
             widths = [matrix.weight.size(1) for matrix in matrices]
             for _ in range(rounds):
-                x, r = observe(stack, start, stop, module, matrices)
-                size = torch.cat([own.square().sum(0).mean().expand(own.size(1)) for own in x.split(widths, 1)])
-                D = torch.linalg.solve(x.T @ x + (ridge * size).clamp(min=1e-9).diag(), r.T @ x, left=False)
+                xx, rx = observe(stack, start, stop, module, matrices)
+                squares = torch.cat([own.mean().expand(len(own)) for own in xx.diagonal().split(widths)])
+                D = torch.linalg.solve(xx + (ridge * squares).clamp(min=1e-9).diag(), rx, left=False)
                 for matrix, own in zip(matrices, D.split(widths, 1)):
                     matrix.weight += own
     for parameter in bank.parameters() if dist.is_initialized() else ():
@@ -294,8 +294,8 @@ def train_student(student, batches, steps, teacher=None, seed=0, weights=None, *
 
 def spread(n, k):
     """k spans that tile n layers as evenly as can be: layer i of a static student stands for span i."""
-    ends = [round(n * (i + 1) / k) for i in range(k)]
-    return path_of([stop - start for start, stop in zip([0, *ends], ends)])
+    ends = [round(n * i / k) for i in range(k + 1)]
+    return list(zip(ends, ends[1:]))
 
 
 def shrink(teacher, encoder_layers, decoder_layers):
@@ -322,13 +322,13 @@ def pick_dtype(name, device, d_model):
     if torch.device(device).type != "cpu":
         return torch.float32
 
-    def seconds(dtype):
+    def timed(dtype):
         """One product each at several numbers of rows: the 16-bit kernels are built anew for every one of them."""
         start = time.perf_counter()
         for rows in range(1200, 2000, 100):
             torch.ones(rows, d_model, dtype=dtype) @ torch.ones(d_model, 4 * d_model, dtype=dtype)
         return time.perf_counter() - start
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else torch.float32
+    return torch.bfloat16 if timed(torch.bfloat16) < 0.7 * timed(torch.float32) else torch.float32
 
 
 def learning_rate(step, steps, peak, warmup=0.05):
@@ -341,7 +341,7 @@ def size(parameter):
     """The root mean square of a tensor, at least 1e-3, rounded to a power of two: the scale of its learning rate.
 
     Adafactor, section 8 (https://arxiv.org/abs/1804.04235): a step should be a share of what it moves. Adam's have one
-    size, and T5's tensors differ in theirs by sqrt(d_model d_kv). Rounded, so that few groups of parameters do.
+    size, and T5's tensors differ in theirs by sqrt(d_model d_kv). Rounded, so that a few groups of parameters suffice.
     """
     return 2.0 ** round(math.log2(max(1e-3, parameter.detach().float().square().mean().sqrt().item())))
 
@@ -352,7 +352,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
 
     step_loss(step, source, target) -> (terms, facts): unweighted loss terms by name, and numbers to log.
     batches[k] gives step k's (source, target), so all that a step does follows from (seed, step): a run that was cut
-    off goes on from its last checkpoint as if nothing had happened, bit for bit on a CPU with as many processes.
+    off goes on from its last checkpoint as if nothing had happened, on a CPU bit for bit if the processes are as many.
     dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`)
     as a share of each tensor's `size` at the start, times lr_factors[parameter] where that is given.
     log(record) receives a dict every 1 % of the steps; in float16 its "skipped" counts the steps since the last one
@@ -447,6 +447,8 @@ def load_checkpoint(path, name):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # not to be read, which does not make it damaged
     except Exception as error:  # whatever torch's parsers raise
         raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
     if not {"stage", "step", "sizes", "weights", "optimizer", "scaler"} <= state.keys():

@@ -86,7 +86,7 @@ def dropout(x, rate, training):
         return x
     words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device)
     noise = words.random_(-2**63, None).view(torch.uint8)[:x.numel()].view(x.shape)
-    return x * ((noise >= cut).to(x.dtype) * (256 / (256 - cut)))
+    return x * (noise >= cut).to(x.dtype) * (256 / (256 - cut))  # two products: in 16 bit the scale would be rounded
 
 
 def relative_position_bucket(distance, bidirectional, num_buckets, max_distance):
@@ -214,7 +214,8 @@ class DecoderLayer(EncoderLayer):
         """x (B, T, d_model), bias (1, H, T, K), memory (B, S, d_model), memory_bias (B, 1, 1, S), cache: LayerCache.
 
         Returns x and the (self, cross) attention probabilities, None where not asked for. With a cache, x holds only
-        the new positions, K counts the earlier ones too, and memory is not read: its keys are in the cache.
+        the new positions, K counts the earlier ones too, and memory is not read: its keys are in the cache, once for
+        all beams of a sentence, whose queries stand side by side.
         """
         h = self.self_norm(x)
         keys, values = self.self_attention.keys_values(h)
@@ -222,9 +223,12 @@ class DecoderLayer(EncoderLayer):
             keys, values = cache.append(keys, values)
         h, self_probs = self.self_attention(h, keys, values, bias, need_probs)
         x = x + dropout(h, self.rate, self.training)
+        h = self.cross_norm(x)
         keys, values = self.cross_attention.keys_values(memory) if cache is None else cache.cross
-        h, cross_probs = self.cross_attention(self.cross_norm(x), keys, values, memory_bias, need_probs)
-        x = x + dropout(h, self.rate, self.training)
+        if cache is not None:
+            h = h.view(len(keys), -1, h.size(-1))  # (B / beams, beams, d_model)
+        h, cross_probs = self.cross_attention(h, keys, values, memory_bias, need_probs)
+        x = x + dropout(h.view(x.shape), self.rate, self.training)
         x = x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.rate, self.training)
         return x, (self_probs, cross_probs)
 
@@ -274,11 +278,12 @@ class StackOutput(NamedTuple):
 
 
 class LayerCache:
-    """Keys and values of one decoder layer: its own, appended step by step, and the memory's, computed once."""
-    def __init__(self, layer, memory, max_length):
+    """Keys and values of one decoder layer: its own, appended step by step, of `beams` rows for each of the memory's,
+    and the memory's, computed once."""
+    def __init__(self, layer, memory, max_length, beams=1):
         self.cross = layer.cross_attention.keys_values(memory)
         B, H, _, d_kv = self.cross[0].shape
-        self.keys, self.length = self.cross[0].new_empty(B, H, max_length, d_kv), 0
+        self.keys, self.length = self.cross[0].new_empty(B * beams, H, max_length, d_kv), 0
         self.values = torch.empty_like(self.keys)
 
     def append(self, keys, values):
@@ -290,9 +295,11 @@ class LayerCache:
 
 
 class Cache:
-    """What decoding one more position needs of the earlier ones and of the memory, and no step changes."""
-    def __init__(self, model, memory, memory_mask, max_length):
-        self.layers = [LayerCache(layer, memory, max_length) for layer in model.decoder.layers]
+    """What decoding one more position needs of the earlier ones and of the memory: each layer's keys and values, and
+    the two biases, which stay the same."""
+    def __init__(self, model, memory, memory_mask, max_length, beams=1):
+        self.layers = [LayerCache(layer, memory, max_length, beams) for layer in model.decoder.layers]
+        self.beams = beams
         self.bias = model.decoder.position_bias(max_length)
         self.memory_bias = mask_out(memory.new_zeros(()), ~memory_mask[:, None, None, :])
 
@@ -302,12 +309,13 @@ class Cache:
             layer.keys[:, :, :layer.length] = layer.keys[rows, :, :layer.length]
             layer.values[:, :, :layer.length] = layer.values[rows, :, :layer.length]
 
-    def select(self, rows):
-        """Keep only these rows: the other sentences have ended."""
-        self.memory_bias = self.memory_bias[rows]
+    def select(self, running):
+        """Keep only these sentences, a bool each: the others have ended."""
+        self.memory_bias = self.memory_bias[running]
+        rows = running.repeat_interleave(self.beams)
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-            layer.cross = layer.cross[0][rows], layer.cross[1][rows]
+            layer.cross = layer.cross[0][running], layer.cross[1][running]
 
 
 class T5(nn.Module):
@@ -431,10 +439,10 @@ class T5(nn.Module):
     def _beam_search(self, memory, mask, n, K, length_penalty):
         """Keep the K best prefixes. A sum of log probabilities is compared with finished ones only after division by
         length ** length_penalty, the length counting eos. 2K candidates are drawn, as K of them may end; only those
-        among the best K count as finished. A sentence is done when its best prefix, at the present length, can not
+        among the best K count as finished. A sentence is done when its best prefix, at the present length, cannot
         beat its worst finished hypothesis (`early_stopping=False`), or when n tokens are reached."""
         c, B, low = self.config, memory.size(0), -1e9
-        cache = Cache(self, memory.repeat_interleave(K, 0), mask.repeat_interleave(K, 0), n)
+        cache = Cache(self, memory, mask, n, K)
         rows = torch.arange(B, device=memory.device)
         output = torch.full((B, n), c.pad_token_id, device=memory.device)
         prefix = output[:, None].repeat(1, K, 1)                   # (B, K, n)
@@ -468,7 +476,7 @@ class T5(nn.Module):
             if not running.all():
                 rows, token, score, prefix = rows[running], token[running], score[running], prefix[running]
                 finished, finished_score = finished[running], finished_score[running]
-                cache.select(running.repeat_interleave(K))
+                cache.select(running)
         return output
 
 
@@ -573,10 +581,10 @@ def write_safetensors(tensors, path):
             f.write(tensor.flatten().view(torch.uint8).numpy())
 
 
-def write_json(value, path):
-    """Write `value` to `path`, which appears only when complete."""
+def write_json(value, path, indent=2):
+    """Write `value` to `path`, which appears only when complete. indent=None: many numbers, in a line."""
     with new_file(path) as f:
-        f.write((json.dumps(value, indent=2) + "\n").encode())
+        f.write((json.dumps(value, indent=indent) + "\n").encode())
 
 
 def read_json(path):
@@ -617,8 +625,9 @@ def read_config(path):
                          f"relative_attention_max_distance more than half of it")
     if max(config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) >= config.vocab_size:
         raise ValueError(f"{path}: a token id lies outside vocab_size {config.vocab_size}")
-    if not 0 <= config.dropout_rate < 1:
-        raise ValueError(f"{path}: dropout_rate is {config.dropout_rate}")
+    for name in ("dropout_rate", "layer_norm_epsilon"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{path}: {name} is {getattr(config, name)}, not from 0 to 1")
     return config
 
 
@@ -720,7 +729,7 @@ def save_t5(model, path):
 def find_t5(path):
     """`path` if it is a folder, else, for a str, the cache folder of the model with that name, fetched on first use.
 
-    MODULAR_T5_CACHE moves the cache, MODULAR_T5_HUB replaces the base address. Raises OSError if it can not be had.
+    MODULAR_T5_CACHE moves the cache, MODULAR_T5_HUB replaces the base address. Raises OSError if it cannot be had.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -791,8 +800,8 @@ def command_line(run):
             if cause:
                 print("interrupted", file=sys.stderr)
                 return 130
-            users = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
-            if sys.flags.dev_mode or not isinstance(error, users):
+            users = (ValueError, OSError, FloatingPointError, MemoryError)
+            if sys.flags.dev_mode or not (isinstance(error, users) or out_of_memory(error)):
                 raise
             text = str(error) or "out of memory"  # Python's own MemoryError says nothing
             line = "".join(c if c.isprintable() else " " for c in text)  # it may quote a file from anywhere
@@ -802,13 +811,18 @@ def command_line(run):
     return main
 
 
+def out_of_memory(error):
+    """Is it torch's? torch.OutOfMemoryError on a GPU; on a CPU it has no class of its own."""
+    return isinstance(error, RuntimeError) and bool(re.search("out of memory|tried to allocate", str(error)))
+
+
 @contextmanager
 def memory_for(what):
     """Running out of memory in the block is a MemoryError that says what the memory was for."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU it has no class of its own
-        if not re.search("out of memory|tried to allocate", str(error)):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
         raise MemoryError(f"out of memory: {what}") from None
 

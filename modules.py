@@ -16,6 +16,7 @@ starts as the teacher's and serves all paths.
 import copy
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -64,11 +65,8 @@ def check_path(path, n, spans):
 
 def path_of(lengths):
     """Span lengths in order -> a path: [2, 1, 3] -> [(0, 2), (2, 3), (3, 6)]."""
-    path, start = [], 0
-    for length in lengths:
-        path.append((start, start + length))
-        start += length
-    return path
+    ends = [0, *accumulate(lengths)]
+    return list(zip(ends, ends[1:]))
 
 
 class Bank(nn.Module):

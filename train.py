@@ -134,8 +134,11 @@ def parse_args(argv):
 
 
 def span_lengths(text):
-    """"2,3,6" -> [2, 3, 6], each once."""
-    return sorted({int(length) for length in text.split(",")})
+    """"2,3,6" -> [2, 3, 6], each once. Raises ArgumentTypeError."""
+    try:
+        return sorted({int(length) for length in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: not layers such as 2,3,6") from None
 
 
 def parse_baselines(text):
@@ -204,12 +207,13 @@ def main(argv):
     if bank_file.exists():
         bank = load_bank(bank_file, teacher).to(args.device).eval()
     else:
+        if first:
+            score.forget("assembly")
         bank = new_bank(teacher, batches[args.targets], args)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
         train_modules(teacher, bank, batches[args.targets], args.steps, lr=args.lr, name="bank", **loop)
         if first:
-            (out / "damage.json").unlink(missing_ok=True)  # of an older bank, as these scores:
-            score.rows = {name: row for name, row in score.rows.items() if not name.startswith("assembly")}
+            (out / "damage.json").unlink(missing_ok=True)  # of an older bank
             save_bank(bank, bank_file)
 
     folders = {}
@@ -217,6 +221,8 @@ def main(argv):
         name = f"{kind} {encoder}+{decoder}"
         folder = folders[name] = out / "baselines" / name.replace(" ", "-")
         if not folder.exists():
+            if first:
+                score.forget(name)
             student = train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, score.valid)
             if first:
                 folder.parent.mkdir(exist_ok=True)
@@ -307,6 +313,9 @@ def start_run(args, pairs):
     out, teacher = args.out, None
     if not args.resume and any((out / name).exists() for name in ("args.json", "teacher", "checkpoint.pt")):
         raise ValueError(f"{out}: holds a run already: go on with --resume, or choose another --out")
+    for name in ("bank.safetensors", "pseudo.json", "baselines", "results.json"):
+        if (out / name).exists() and not (out / "teacher").exists():
+            raise ValueError(f"{out / name}: of a teacher that is no longer there: remove it, too")
     if args.resume:
         tokenizer = Tokenizer(out)
     if (out / "teacher").exists():
@@ -353,7 +362,7 @@ def probe_rows(n):
 
 
 def check_plan(args, encoder, decoder):
-    """Raise ValueError, before anything is written, for modules or baselines that the teacher's depth can not have."""
+    """Raise ValueError, before anything is written, for modules or baselines that the teacher's depth cannot have."""
     try:
         spans = [module_spans(n, args.granularities or default_granularities(n)) for n in (encoder, decoder)]
     except ValueError as error:
@@ -418,7 +427,7 @@ def relabel(teacher, batches, args):
             dist.all_gather_object(parts, parts[rank])
         made["targets"] += [parts[i % world][i // world] for i in range(len(portion))]
         if rank == 0:
-            write_json(made, file)
+            write_json(made, file, indent=None)
     targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos]  # cut: ended here
                for ids in made["targets"]]
     return Batches(list(zip(sources, targets)), batches.tokens, batches.pad_id, batches.seed)
@@ -454,7 +463,7 @@ def study_shapes(teacher, bank):
             pass  # no assembly of this bank comes near this ratio
     half, least = [min(p, key=lambda d: abs(d - k / 2)) for p, k in zip(possible, n)], [p[0] for p in possible]
     shapes += [(half[0], n[1]), (n[0], half[1]), (least[0], n[1]), (n[0], least[1])]
-    return [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
+    return [shape for shape in dict.fromkeys(shapes) if shape != tuple(n)]
 
 
 def show_sample(teacher, bank, tokenizer, pair, args):
@@ -486,6 +495,18 @@ class Scorer:
         batches = Batches(valid, args.batch_tokens, tokenizer.pad_id, seed=0)
         self.valid_batches = [batches[k] for k in range(len(batches))]
 
+    def forget(self, name):
+        """Drop the rows that begin with that name: these models are trained anew."""
+        kept = {row: scores for row, scores in self.rows.items() if not row.startswith(name)}
+        if kept != self.rows:
+            self.rows = kept
+            self.write()
+
+    def write(self):
+        """Bring the file up to date."""
+        write_json({"metric": self.args.metric, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+                    "device": self.args.device, "rows": self.rows}, self.file)
+
     def valid(self, model):
         """Cross-entropy of the validation pairs, in nats a token."""
         return validation_loss(model.eval(), self.valid_batches)
@@ -504,8 +525,7 @@ class Scorer:
                            "parameters": parameters(model), "speedup": speedup(self.teacher, model, source),
                            "valid_loss": self.valid(model), self.args.metric: quality,
                            "share": 100 * quality / base if base else 0.0}
-        write_json({"metric": self.args.metric, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-                    "device": self.args.device, "rows": self.rows}, self.file)
+        self.write()
         say(f"{name}: {self.args.metric} {quality:.1f}, validation loss {self.rows[name]['valid_loss']:.3f}")
 
 

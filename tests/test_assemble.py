@@ -675,6 +675,7 @@ def test_export_writes_a_t5_folder(assembly, run_folder, tmp_path):
     assert data.Tokenizer(folder).encode(text) == data.Tokenizer(run_folder).encode(text), "the tokenizer is the run's"
     config, tokenizer = [json.loads((folder / name).read_text(encoding="utf-8"))
                          for name in ("config.json", "tokenizer_config.json")]
+    assert tokenizer["extra_ids"] == 100, "sentinels beyond the pieces"
     assert tokenizer["tokenizer_class"] == "T5Tokenizer", "Hugging Face reads from this which tokenizer it is"
     assert (config["num_layers"], config["num_decoder_layers"]) == (3, 3), "both depths are written"
     with torch.no_grad():
@@ -794,7 +795,7 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--ratio", "4"], ["--ratio 4", "--list"]),
     (["--ratio", "nan"], ["--ratio nan", "above 0"]),
     (["--params", "1K"], ["--params 1000:", "--list"]),
-    (["--params", "40KM"], ["--params", "40KM"]),
+    (["--params", "40KM"], ["--params: 40KM", "such as 40M"]),
     (["--ratio", "0"], ["--ratio 0", "above 0"]),
     (["--speedup", "-1"], ["--speedup -1", "above 0"]),
     (["--params", "1M", "--strategy", "size-first"], ["--params", "--strategy search"]),
@@ -809,7 +810,7 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--encoder", "2,2", "--decoder", "2,2,2,2"], ["no module", "6-7"]),
     (["--encoder", "1,2,1", "--decoder", "2,2,2"], ["no module", "1-2"]),
     (["--encoder", "2,2", "--decoder", "6"], ["no module", "0-5"]),
-    (["--encoder", "0,2,2", "--decoder", "2,2,2"], ["(0, 0)"]),
+    (["--encoder", "0,2,2", "--decoder", "2,2,2"], ["--encoder 0,2,2", "2,2,1"]),
     (["--encoder", "2;2", "--decoder", "2,2,2"], ["--encoder 2;2", "2,2,1"]),
     (["--encoder", "2,2", "--decoder", "2,,2"], ["--decoder 2,,2"]),
     (["--speedup", "1000", "--strategy", "size-first"], ["--speedup 1000", "3.33"]),

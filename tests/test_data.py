@@ -6,6 +6,7 @@ data.py: tokenizer, toy task, readers, batches, metrics. About 10 seconds:
 The tests that want real data (Multi30k, T5's spiece.model) look in ../shared and are skipped without it.
 """
 
+import io
 import json
 import random
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,24 @@ def test_trained_tokenizer_has_t5_ids(toy_tokenizer):
     assert toy_tokenizer.pad_id == 0 and 0 not in ids, "pad is 0 and never in a text"
     assert toy_tokenizer.vocab_size == 160, "60 pieces and 100 sentinels"
     assert toy_tokenizer.encode("<extra_id_0>") == [159, 1], "the first sentinel is the last id"
+
+
+def test_sentinels_among_the_pieces(tmp_path):
+    """mT5's file has them, so there are no ids behind the pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d"] * 20), model_writer=model, vocab_size=12, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, user_defined_symbols=["▁<extra_id_1>", "▁<extra_id_0>"], hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    tokenizer = data.Tokenizer(tmp_path)
+    assert tokenizer.vocab_size == len(tokenizer.pieces), "no more ids than pieces"
+    assert tokenizer.encode("<extra_id_0>") == [tokenizer.pieces.piece_to_id("▁<extra_id_0>"), 1], "it is a piece"
+    assert tokenizer.decode(tokenizer.encode("a <extra_id_0> b")) == "a <extra_id_0> b"
+
+
+def test_half_a_surrogate_pair_is_a_value_error(toy_tokenizer):
+    with pytest.raises(ValueError, match="surrogates not allowed"):  # what a command line that is not UTF-8 holds
+        toy_tokenizer.encode("jump \udcff")
 
 
 def test_training_repeats_and_saving_copies(toy_tokenizer, tmp_path):

@@ -814,6 +814,12 @@ def test_damaged_checkpoint_is_named(tmp_path):
         train("sft", steps=5, checkpoint=path, save_every=0)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path):
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(IsADirectoryError, match="checkpoint.pt"):
+        d.load_checkpoint(tmp_path / "checkpoint.pt", "sft")
+
+
 # ----------------------------------------------------------------------------- students
 
 

@@ -188,6 +188,22 @@ def test_attention_cache_by_hand():
 
 
 @torch.no_grad()
+def test_beams_share_the_memory():
+    """What the cache holds of the memory has one row for a sentence, however many beams; ended ones leave."""
+    model, x = tiny(), padded([[5, 6, 7, 1], [8, 1]])
+    cache = m.Cache(model, model.encode(x).hidden, x != 0, 5, beams=3)
+    hidden = model.decode(torch.zeros(6, 1, dtype=torch.long), None, None, cache=cache).hidden
+    assert torch.allclose(hidden[:3], hidden[0].expand(3, -1, -1), atol=1e-6) and (hidden[2] != hidden[3]).any(), \
+        "rows 0 to 2 are the first sentence's beams, rows 3 to 5 the second's"
+    alone = m.Cache(model, model.encode(x).hidden, x != 0, 5)
+    alone = model.decode(torch.zeros(2, 1, dtype=torch.long), None, None, cache=alone).hidden
+    assert torch.allclose(hidden[::3], alone, atol=1e-6), "each attends to its own sentence, with its own padding"
+    cache.select(torch.tensor([False, True]))
+    for layer in cache.layers:
+        assert (len(layer.cross[0]), len(layer.cross[1]), len(layer.keys), len(layer.values)) == (1, 1, 3, 3)
+
+
+@torch.no_grad()
 def test_attention_with_a_cache_is_the_one_without():
     model, x, y = tiny(), padded([[5, 6, 7, 1], [8, 1]]), padded([[2, 9, 4, 7, 5], [2, 3, 3, 6, 8]])
     memory = model.encode(x).hidden
@@ -232,6 +248,11 @@ def test_a_layer_gives_probabilities_only_when_asked():
     assert model.encoder.layers[0](x, bias)[1] == (None,)
     assert model.decoder.layers[0](x, bias, x, bias)[1] == (None, None)
     assert all(probs is not None for probs in model.decoder.layers[0](x, bias, x, bias, True)[1])
+
+
+def test_dropout_keeps_the_mean_in_16_bit():
+    x = torch.ones(1000, dtype=torch.bfloat16).fill_(230)  # 230 * 256 / 230 has no digit too many
+    assert set(m.dropout(x, 0.1, training=True).tolist()) == {0.0, 256.0}, "the scale itself must not be rounded"
 
 
 def test_dropout_of_nearly_all():
@@ -863,6 +884,7 @@ def test_bad_config(folder, values, words):
 
 @pytest.mark.parametrize("good, bad", (
     ({"dropout_rate": 0}, {"dropout_rate": -0.1}), ({"dropout_rate": 0.99}, {"dropout_rate": 1}),
+    ({"layer_norm_epsilon": 0}, {"layer_norm_epsilon": -1e-6}), ({}, {"layer_norm_epsilon": float("nan")}),
     ({"num_layers": 1}, {"num_layers": 0}), ({"num_layers": 1024}, {"num_layers": 1025}),
     ({"d_ff": 1 << 20}, {"d_ff": (1 << 20) + 1}), ({"pad_token_id": 98}, {"pad_token_id": 99}),  # of 99 words
     ({"relative_attention_num_buckets": 4}, {"relative_attention_num_buckets": 3}),
@@ -1200,6 +1222,8 @@ def ends(error, context=None):
     (MemoryError("a batch of 3 x 4"), None, 2, "test_model.py: a batch of 3 x 4\n"),
     (MemoryError(), None, 2, "test_model.py: out of memory\n"),
     (torch.OutOfMemoryError("CUDA out of memory."), None, 2, "test_model.py: CUDA out of memory.\n"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."), None, 2,
+     "test_model.py: DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.\n"),
     (FloatingPointError("step 3"), None, 2, "test_model.py: step 3\n"),
     (KeyboardInterrupt(), None, 130, "interrupted\n"),
     (RuntimeError("torch's own"), KeyboardInterrupt(), 130, "interrupted\n"),

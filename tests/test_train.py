@@ -215,7 +215,8 @@ def test_toy_data_by_default():
 @pytest.mark.parametrize("encoder, decoder, shapes", (
     (12, 12, [(11, 11), (9, 9), (8, 8), (6, 6), (5, 5), (4, 4), (3, 3), (2, 2), (6, 12), (12, 6), (2, 12), (12, 2)]),
     (6, 12, [(5, 11), (5, 9), (4, 8), (3, 6), (2, 4), (1, 2), (3, 12), (6, 6), (1, 12), (6, 2)]),  # none near 2.4, 4
-    (2, 2, [(2, 1), (1, 1), (1, 2)])))
+    (2, 2, [(2, 1), (1, 1), (1, 2)]),
+    (4, 1, [(1, 1), (2, 1)])))  # the others are far from a ratio, and 4+1 is the teacher
 def test_shapes_of_the_table_by_hand(encoder, decoder, shapes):
     teacher = Namespace(depths={"encoder": encoder, "decoder": decoder})
     bank = Namespace(spans={stack: module_spans(n, default_granularities(n)) for stack, n in teacher.depths.items()})
@@ -568,6 +569,7 @@ def bad(name, edit=None, *extra, says=()):
         says=["decoder.final_layer_norm.weight"]),
     bad("granularity that does not tile", None, "--granularities", "4",
         says=["--granularities", "4", "6 layers", "2, 3, 6"]),
+    bad("granularity that is no number", None, "--granularities", "2,x", says=["--granularities: 2,x", "2,3,6"]),
     bad("unknown baseline", None, "--baselines", "magic:1+1", says=["magic"]),
     bad("malformed baseline", None, "--baselines", "kd:6", says=["kd:6"]),
     bad("baseline deeper than the teacher", None, "--baselines", "kd:9+1", says=["kd:9+1", "6+6 layers"]),
@@ -653,6 +655,36 @@ def test_resume_puts_right_what_was_left(finished, tmp_path):
     assert not (out / "damage.json").exists(), "what was measured of an older bank goes"
     rows = read_json(out / "results.json")["rows"]
     assert rows["assembly 3+3"]["share"] >= 0 and rows["sft 3+3"]["share"] == -1, "its scores too, but no others"
+
+
+def test_scores_go_with_their_models(finished, tmp_path, monkeypatch):
+    """A bank, and a student, that are trained anew are scored anew, if that training is interrupted, too."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = read_json(out / "results.json")["rows"]
+    for name in ("bank.safetensors", "baselines/sft-3+3"):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_baseline", lambda *_: int("interrupted"))
+        assert train.main(["--resume", "--out", str(out)]) == 2
+    gone = {name for name in before if name.startswith("assembly") or name == "sft 3+3"}
+    assert set(before) - set(read_json(out / "results.json")["rows"]) == gone, "theirs, and no others"
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    rows = read_json(out / "results.json")["rows"]
+    assert rows.keys() == before.keys() and all(rows[name] == before[name] for name in set(before) - gone)
+
+
+@pytest.mark.parametrize("name", ("bank.safetensors", "pseudo.json", "baselines", "results.json"))
+def test_what_another_teacher_left_is_named(finished, tmp_path, capsys, name):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "teacher")
+    for other in {"bank.safetensors", "pseudo.json", "baselines", "results.json"} - {name}:
+        path = out / other
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert train.main(["--resume", "--out", str(out)]) == 2
+    assert f"{name}: of a teacher that is no longer there: remove it, too\n" in capsys.readouterr().err
 
 
 def fails(files, out, capsys, *options):
