@@ -207,13 +207,13 @@ def main(argv):
     if bank_file.exists():
         bank = load_bank(bank_file, teacher).to(args.device).eval()
     else:
-        if first:
+        if first:  # what was measured of an older bank
+            (out / "damage.json").unlink(missing_ok=True)
             score.forget("assembly")
         bank = new_bank(teacher, batches[args.targets], args)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
         train_modules(teacher, bank, batches[args.targets], args.steps, lr=args.lr, name="bank", **loop)
         if first:
-            (out / "damage.json").unlink(missing_ok=True)  # of an older bank
             save_bank(bank, bank_file)
 
     folders = {}
@@ -313,7 +313,7 @@ def start_run(args, pairs):
     out, teacher = args.out, None
     if not args.resume and any((out / name).exists() for name in ("args.json", "teacher", "checkpoint.pt")):
         raise ValueError(f"{out}: holds a run already: go on with --resume, or choose another --out")
-    for name in ("bank.safetensors", "pseudo.json", "baselines", "results.json"):
+    for name in ("bank.safetensors", "pseudo.json", "baselines", "results.json"):  # all made after the teacher
         if (out / name).exists() and not (out / "teacher").exists():
             raise ValueError(f"{out / name}: of a teacher that is no longer there: remove it, too")
     if args.resume:

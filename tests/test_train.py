@@ -657,14 +657,18 @@ def test_resume_puts_right_what_was_left(finished, tmp_path):
     assert rows["assembly 3+3"]["share"] >= 0 and rows["sft 3+3"]["share"] == -1, "its scores too, but no others"
 
 
+def remove(path):
+    """A file or a folder of a run."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def test_scores_go_with_their_models(finished, tmp_path, monkeypatch):
     """A bank, and a student, that are trained anew are scored anew, if that training is interrupted, too."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     before = read_json(out / "results.json")["rows"]
     for name in ("bank.safetensors", "baselines/sft-3+3"):
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(out / name)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_baseline", lambda *_: int("interrupted"))
         assert train.main(["--resume", "--out", str(out)]) == 2
@@ -679,10 +683,8 @@ def test_scores_go_with_their_models(finished, tmp_path, monkeypatch):
 def test_what_another_teacher_left_is_named(finished, tmp_path, capsys, name):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    shutil.rmtree(out / "teacher")
-    for other in {"bank.safetensors", "pseudo.json", "baselines", "results.json"} - {name}:
-        path = out / other
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for other in {"teacher", "bank.safetensors", "pseudo.json", "baselines", "results.json"} - {name}:
+        remove(out / other)
     assert train.main(["--resume", "--out", str(out)]) == 2
     assert f"{name}: of a teacher that is no longer there: remove it, too\n" in capsys.readouterr().err
 
