@@ -224,9 +224,11 @@ class DecoderLayer(EncoderLayer):
         h, self_probs = self.self_attention(h, keys, values, bias, need_probs)
         x = x + dropout(h, self.rate, self.training)
         h = self.cross_norm(x)
-        keys, values = self.cross_attention.keys_values(memory) if cache is None else cache.cross
-        if cache is not None:
-            h = h.view(len(keys), -1, h.size(-1))  # (B / beams, beams, d_model)
+        if cache is None:
+            keys, values = self.cross_attention.keys_values(memory)
+        else:
+            keys, values = cache.cross
+            h = h.view(len(keys), -1, h.size(-1))  # (B / beams, beams T, d_model)
         h, cross_probs = self.cross_attention(h, keys, values, memory_bias, need_probs)
         x = x + dropout(h.view(x.shape), self.rate, self.training)
         x = x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.rate, self.training)
