@@ -92,7 +92,7 @@ FILES = ["--train", "a", "--valid", "b", "--test", "c"]
 SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "calibrated",
             "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab": 200, "batch_tokens": 2048,
-       "teacher_steps": 900, "teacher_lr": 1.5e-2, "steps": 400, "targets": "data",
+       "teacher_steps": 900, "teacher_lr": 1.5e-2, "steps": 50, "targets": "data",
        "max_length": 64, "baselines": "sft:3+3,kd:3+3,sft:1+1,kd:1+1"}
 REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
         "teacher_steps": 2820, "teacher_lr": 3e-2, "steps": 940, "targets": "teacher", "max_length": 128,
