@@ -295,7 +295,7 @@ def open_log(path):
 
 
 def tenth(record):
-    """Is this a stage's first record, its last, or that of another tenth of its steps? Records come each hundredth."""
+    """Is this a stage's first record, its last, or a tenth one between? They come each hundredth of the steps."""
     step, steps = record["step"], record["steps"]
     return step in (1, steps) or step % (10 * max(1, steps // 100)) == 0
 
