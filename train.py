@@ -231,7 +231,7 @@ def main(argv):
         dist.barrier()  # none leaves while another still talks to it
         dist.destroy_process_group()
     if not first:
-        return
+        os._exit(0)  # Python's own exit would now and then abort a thread of gloo's, and torchrun then stop the first
 
     score("teacher", teacher)
     for shape in study_shapes(teacher, bank):
