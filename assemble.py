@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import Tokenizer
 from distill import logit_distillation, run_stacks
-from model import (Cache, Parser, command_line, load_t5, read_json, read_safetensors, save_t5, write_json,
+from model import (Cache, Parser, command_line, load_t5, quick_products, read_json, read_safetensors, save_t5, write_json,
                    write_safetensors)
 from modules import STACKS, check_path, load_bank, path_of, spans_from, with_layers
 
@@ -315,10 +315,11 @@ def seconds(model, source, tokens):
     wait = partial(torch.cuda.synchronize, source.device) if source.is_cuda else lambda: None
     wait()
     start = time.perf_counter()
-    memory = model.encode(source).hidden
-    cache = Cache(model, memory, mask, tokens)
-    for _ in range(tokens):
-        token = model.logits(model.decode(token, None, None, cache=cache).hidden).argmax(-1)
+    with quick_products(model, len(source)):
+        memory = model.encode(source).hidden
+        cache = Cache(model, memory, mask, tokens)
+        for _ in range(tokens):
+            token = model.logits(model.decode(token, None, None, cache=cache).hidden).argmax(-1)
     wait()
     return time.perf_counter() - start
 
@@ -468,7 +469,8 @@ def print_frontier(teacher, bank, damage, speed, params):
           "| layers | ratio | parameters | predicted speed-up | damage | encoder | decoder |\n"
           "|---|---:|---:|---:|---:|---|---|")
     least, rows = math.inf, []
-    for e, d, estimate, paths in sorted(best, key=lambda row: (-speed(*row[:2]), row[2])):
+    # Rounded: speeds that are equal but for the last bit of a fit are equal.
+    for e, d, estimate, paths in sorted(best, key=lambda row: (-round(speed(*row[:2]), 6), row[2])):
         if estimate < least:  # slower than all before it, so it must be better
             least = estimate
             spans = " | ".join(",".join(str(b - a) for a, b in paths[stack]) for stack in STACKS)

@@ -105,19 +105,48 @@ def test_buckets_are_hugging_faces():
             assert ours.tolist() == tables[name].tolist(), f"{name}: buckets differ from Hugging Face's"
 
 
-@pytest.mark.parametrize("shape", ((16,), (1, 16), (1, 1, 16), (2, 16), (3, 1, 16), (0, 16)))
-@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)))
-def test_linear_is_one_product_for_one_vector_or_many(shape, dtype, bound):
-    torch.manual_seed(0)
-    x, weight = torch.randn(shape, dtype=dtype), torch.randn(5, 16, dtype=dtype, requires_grad=True)
-    expected = x @ weight.t()
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            y = m.linear(x, weight)
-            assert y.shape == expected.shape and y.dtype is dtype and y.requires_grad is grad
-            torch.testing.assert_close(y, expected, rtol=bound, atol=bound, check_stride=False)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert m.linear(x, weight).dtype is torch.bfloat16, "autocast decides the product's type, for one vector too"
+LARGE = {"vocab_size": 8192, "d_model": 64}  # a head of 2^19 numbers, the least that `quick_products` takes up
+
+
+@pytest.mark.parametrize("rows, way", ((1, "scratch"), (2, "packed")))
+@pytest.mark.parametrize("tied", (True, False))
+def test_quick_products(rows, way, tied):
+    model = tiny(**LARGE, tie_word_embeddings=tied)
+    weight, small = model.head.weight, model.decoder.layers[0].cross_attention.q.weight
+    with torch.no_grad(), m.quick_products(model, rows):
+        assert hasattr(weight, way) and not hasattr(small, way), "large matrices alone: a small one's call costs more"
+        assert tied or not hasattr(model.embedding.weight, way), "an embedding that is no head is looked up, not read"
+        for shape in ((64,), (1, 64), (1, 1, 64), (3, 1, 64), (2, 5, 64)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(m.linear(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5, check_stride=False)
+    assert not weight.__dict__, "outside the block, products are torch's own: weights may change, or learn"
+
+
+@pytest.mark.parametrize("rows", (1, 2))
+def test_quick_products_end_with_an_error(rows):
+    model = tiny(**LARGE)
+    with pytest.raises(KeyError), m.quick_products(model, rows):
+        raise KeyError
+    assert not model.head.weight.__dict__, "nothing may stay behind: the weights are about to change"
+
+
+@pytest.mark.parametrize("rows", (1, 2))
+def test_quick_products_are_for_float32(rows):
+    model = tiny(**LARGE).bfloat16()
+    with m.quick_products(model, rows):
+        assert not model.head.weight.__dict__, "in 16 bit torch's own product is the fastest"
+
+
+@pytest.mark.parametrize("beams", (1, 3))
+@pytest.mark.parametrize("sources", ([[5, 6, 7, 1]], [[5, 6, 7, 1], [8, 1]]))
+def test_quick_products_change_no_output(monkeypatch, beams, sources):
+    model, source, used = tiny(**LARGE), padded(sources), set()
+    linear = m.linear
+    monkeypatch.setattr(m, "linear", lambda x, weight: used.update(weight.__dict__) or linear(x, weight))
+    quick = model.generate(source, 12, beams)
+    assert used == ({"scratch"} if len(sources) * beams == 1 else {"packed"}), "generation must take the quick way"
+    monkeypatch.setattr(m, "linear", F.linear)
+    assert torch.equal(quick, model.generate(source, 12, beams))
 
 
 def test_rms_norm_by_hand():
@@ -145,7 +174,7 @@ def test_rms_norm_takes_the_mean_in_float32():
 @pytest.mark.parametrize("need_probs", (True, False))
 def test_attention_is_not_scaled(need_probs):
     """softmax(q k^T + bias) v for every head, then the matrix o."""
-    attention = m.Attention(m.T5Config(d_model=4, d_kv=4, num_heads=1))
+    attention = m.Attention(m.T5Config(d_model=4, d_kv=4, num_heads=1, dropout_rate=0.0))
     for linear in (attention.q, attention.k, attention.v, attention.o):
         linear.weight.data = torch.eye(4)
     x = torch.tensor([[[1.0, 0, 0, 0], [0, 2.0, 0, 0]]])
@@ -160,6 +189,25 @@ def test_attention_is_not_scaled(need_probs):
     out, _ = attention(x, *attention.keys_values(x), bias, need_probs)
     assert torch.allclose(out[0, 1], torch.tensor([0.5, 1.0, 0, 0])), \
         "the bias is added to the scores, before the softmax: 0 + 4 and 4 + 0 share evenly"
+
+
+@pytest.mark.parametrize("grad", (True, False))
+def test_attention_drops_probabilities(grad):
+    """In training, as Hugging Face's T5: what mixes the values is dropped, what is returned is not."""
+    torch.manual_seed(0)
+    attention = m.Attention(m.T5Config(d_model=1, d_kv=1, num_heads=1, dropout_rate=0.5))
+    attention.v.weight.data = attention.o.weight.data = torch.ones(1, 1)
+    attention.q.weight.data = torch.zeros(1, 1)
+    attention.k.weight.data = torch.zeros(1, 1)  # so that all keys count alike
+    x, bias = torch.ones(1, 4, 1), torch.zeros(1, 1, 4, 4)
+    with torch.set_grad_enabled(grad):
+        outputs = torch.cat([attention(x, *attention.keys_values(x), bias, False)[0].flatten() for _ in range(500)])
+        _, probs = attention(x, *attention.keys_values(x), bias, True)
+        assert torch.equal(probs, torch.full((1, 1, 4, 4), 0.25)), "a loss compares probabilities without noise"
+        assert set(outputs.tolist()) == {0.0, 0.5, 1.0, 1.5, 2.0}, "each of 4 keys has 0 or 2 quarters of the value"
+        assert abs(outputs.mean().item() - 1.0) < 0.06, "the mean stays"
+        attention.eval()
+        assert attention(x, *attention.keys_values(x), bias, False)[0].flatten().tolist() == [1.0] * 4
 
 
 def test_attention_has_heads():
