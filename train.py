@@ -47,7 +47,7 @@ TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 
            steps=50,                                   # by which sizes and methods differ: 400 make all perfect
            d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, teacher_lr=1.5e-2, lr=3e-2, max_length=64)
 REAL = dict(dtype="auto", metric="bleu", targets="teacher", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
-            teacher_steps=2820, steps=940, teacher_lr=3e-2, lr=3e-2, max_length=128)
+            teacher_steps=4700, steps=1880, teacher_lr=3e-2, lr=3e-2, max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step

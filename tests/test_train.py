@@ -95,7 +95,7 @@ TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab
        "teacher_steps": 900, "teacher_lr": 1.5e-2, "steps": 50, "targets": "data",
        "max_length": 64, "baselines": "sft:3+3,kd:3+3,sft:1+1,kd:1+1"}
 REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
-        "teacher_steps": 2820, "teacher_lr": 3e-2, "steps": 940, "targets": "teacher", "max_length": 128,
+        "teacher_steps": 4700, "teacher_lr": 3e-2, "steps": 1880, "targets": "teacher", "max_length": 128,
         "baselines": ""}
 
 
