@@ -449,7 +449,7 @@ def search_budget(args, teacher, bank, source):
 
 def count(text):
     """"40M" -> 40,000,000; "500K" and plain numbers, too."""
-    match = re.fullmatch(r"(\d+\.?\d*)([KMB]?)", text)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)([KMB]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text}: not a number such as 40M")
     return round(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]])

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import threading
 import urllib.error
 import urllib.request
 import zipfile
@@ -111,40 +112,45 @@ def relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
     return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
 
 
+QUICK = threading.local()  # .ready: what `quick_products` has prepared, for this thread alone
+
+
 def linear(x, weight):
-    """x W^T: (..., n) and (m, n) -> (..., m). In a block of `quick_products` by other ways than torch's own."""
-    if hasattr(weight, "packed"):
-        return F.linear(x.to_mkldnn(), weight.packed).to_dense()
-    if hasattr(weight, "scratch") and x.numel() == x.size(-1):
-        rows = weight.split(max(1, weight.scratch.numel() // x.numel()))
-        terms = (torch.mul(part, x.view(-1), out=weight.scratch[:part.numel()].view(part.shape)) for part in rows)
-        return torch.cat([part.sum(-1) for part in terms]).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+    """x W^T: (..., n) and (m, n) -> (..., m). In a block of `quick_products`, which says why, by one of two other ways:
+    a matrix in oneDNN's format; or, for one vector, a buffer for W times x, which is then summed."""
+    ready = getattr(QUICK, "ready", {}).get(weight)
+    if ready is None or not (ready.is_mkldnn or x.numel() == x.size(-1)):
+        return F.linear(x, weight)
+    if ready.is_mkldnn:
+        return F.linear(x.to_mkldnn(), ready).to_dense()
+    parts = weight.split(max(1, ready.numel() // x.numel()))
+    terms = (torch.mul(part, x.view(-1), out=ready[:part.numel()].view(part.shape)) for part in parts)
+    return torch.cat([each.sum(-1) for each in terms]).view(*x.shape[:-1], -1)
 
 
 @contextmanager
 def quick_products(model, rows):
-    """In the block, float32 products on a CPU with the large matrices of `model` come nearer to the memory's speed,
-    which bounds generation. Of 52 GB/s torch's own read 17 for one row and 7 for 32 of them (2 cores, AMD).
+    """In the block, float32 products of few rows with the large matrices of `model` are faster on a CPU.
 
-    rows (sentences times beams) > 1: oneDNN multiplies, by copies of the matrices in its format, at 14 GB/s for 32
-    rows. One row, where making the copies would take as long as several tokens: W times x, then the sum, a few
-    megabytes at a time in a buffer that stays in the processor's cache, at up to 45 GB/s.
+    They have to read all weights for every token, and torch's own are far from the memory's speed: where it gives 52
+    GB/s (2 cores, AMD), they read weights at 17 for one row and at 7 for 32. rows: sentences times beams.
+    One row: W times x, then the sum, a few megabytes at a time in a buffer that stays in the processor's cache; up to
+    45 GB/s. 4 rows and more: oneDNN multiplies, 14 GB/s for 32 rows, by copies of the matrices in its own format. These
+    take as much memory as the weights, and the time of some ten tokens to make. For 2 and 3 they would not pay.
     """
-    weights = {module.weight for module in (*model.modules(), model.head) if isinstance(module, Linear)}
-    weights = [weight for weight in weights | {model.head.weight} if weight.dtype is torch.float32
-               and weight.device.type == "cpu" and weight.numel() >= 1 << 19]
-    scratch = torch.empty(1 << 21) if weights else None
+    weights = {module.weight for module in model.modules() if isinstance(module, Linear)} | {model.head.weight}
+    weights = [weight for weight in weights if weight.device.type == "cpu" and weight.dtype is torch.float32
+               and weight.numel() >= 1 << 19]
+    before, ready = getattr(QUICK, "ready", {}), {}
+    if rows == 1 and weights:
+        ready = dict.fromkeys(weights, torch.empty(1 << 21, dtype=torch.float32, device="cpu"))
+    elif rows > 3 and torch.backends.mkldnn.is_available():
+        ready = {weight: weight.detach().to_mkldnn() for weight in weights}
+    QUICK.ready = ready
     try:
-        for weight in weights:
-            if rows == 1:
-                weight.scratch = scratch
-            elif torch.backends.mkldnn.is_available():
-                weight.packed = weight.detach().to_mkldnn()
         yield
     finally:
-        for weight in weights:
-            weight.__dict__.pop("scratch", None), weight.__dict__.pop("packed", None)
+        QUICK.ready = before
 
 
 class Linear(nn.Module):
@@ -187,7 +193,7 @@ class Attention(nn.Module):
         queries, probs = self.heads(self.q(x)), None
         # The CPU's fused kernel has a slow backward pass: on short sentences the plain product trains 1.4x faster. In
         # 16 bit it is slow for several sentences forward, too.
-        slow = x.device.type == "cpu" and (torch.is_grad_enabled() or len(x) > 1 and x.dtype is not torch.float32)
+        slow = x.device.type == "cpu" and (torch.is_grad_enabled() or len(x) > 1 and x.itemsize == 2)
         if need_probs or slow:
             probs = torch.softmax((queries @ keys.transpose(-1, -2)).float() + bias, dim=-1)
             mixed = dropout(probs, self.rate, self.training).to(values.dtype) @ values
@@ -438,16 +444,17 @@ class T5(nn.Module):
         """
         if max_new_tokens < 1 or num_beams < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1")
-        training = self.training
+        mask, training = input_ids != self.config.pad_token_id, self.training
         self.eval()
-        mask = input_ids != self.config.pad_token_id
-        with quick_products(self, num_beams * len(input_ids)):
-            memory = self.encode(input_ids).hidden
-            if num_beams == 1:
-                output = self._greedy(memory, mask, max_new_tokens)
-            else:
-                output = self._beam_search(memory, mask, max_new_tokens, num_beams, length_penalty)
-        self.train(training)
+        try:
+            with quick_products(self, num_beams * len(input_ids)):
+                memory = self.encode(input_ids).hidden
+                if num_beams == 1:
+                    output = self._greedy(memory, mask, max_new_tokens)
+                else:
+                    output = self._beam_search(memory, mask, max_new_tokens, num_beams, length_penalty)
+        finally:
+            self.train(training)
         used = (output != self.config.pad_token_id).any(0)  # columns: a model may emit pad before its eos, too
         return output[:, :(used * torch.arange(1, max_new_tokens + 1, device=used.device)).max()]
 
@@ -871,9 +878,11 @@ class Parser(argparse.ArgumentParser):
 
     @staticmethod
     def device(name):
-        """A device's name, checked by putting an empty tensor there. Raises ArgumentTypeError."""
+        """A device's name, checked by putting a number there and reading it. Raises ArgumentTypeError."""
         try:
-            return str(torch.empty(0, device=name).device)
+            number = torch.zeros(1, device=name)
+            number.item()  # "meta" has shapes alone
+            return str(number.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise argparse.ArgumentTypeError(f"{name}: {reason}") from None
@@ -892,8 +901,15 @@ def main(argv):
     from data import Tokenizer  # here alone: the model itself knows no text
     folder = find_t5(args.model)
     model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
-    for line in args.text or (line.decode() for line in sys.stdin.buffer):  # UTF-8 on every system
-        ids = torch.tensor([tokenizer.encode(line.rstrip("\r\n"))], device=args.device)
+    for n, line in enumerate(args.text or sys.stdin.buffer, start=1):
+        try:
+            ids = tokenizer.encode((line if args.text else line.decode()).rstrip("\r\n"))  # UTF-8 on every system
+        except UnicodeError:
+            raise ValueError(f"input {n}: not valid UTF-8") from None
+        if max(ids) >= model.config.vocab_size:
+            raise ValueError(f"{folder}: spiece.model has a token {max(ids)}, in input {n}; config.json has vocab_size "
+                             f"{model.config.vocab_size}")
+        ids = torch.tensor([ids], device=args.device)
         output = model.generate(ids, args.max_new_tokens, args.num_beams)
         print(tokenizer.decode(output[0].tolist()), flush=True)
 

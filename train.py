@@ -488,7 +488,9 @@ class Scorer:
         self.args, self.tokenizer, self.pairs, self.teacher = args, tokenizer, pairs["test"], teacher
         self.file, self.rows = args.out / "results.json", {}
         if self.file.exists():
-            self.rows = read_json(self.file)["rows"]
+            self.rows = read_json(self.file).get("rows")
+            if not isinstance(self.rows, dict):
+                raise ValueError(f"{self.file}: holds no scores: remove it to score anew")
         test, cut = encode_pairs(tokenizer, self.pairs, args.max_length)
         valid, cut_valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)
         self.sources, self.cut = [source for source, _ in test], {"valid": cut_valid, "test": cut}

@@ -796,6 +796,7 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--ratio", "nan"], ["--ratio nan", "above 0"]),
     (["--params", "1K"], ["--params 1000:", "--list"]),
     (["--params", "40KM"], ["--params: 40KM", "such as 40M"]),
+    (["--params", "9" * 400], ["--params: 999", "such as 40M"]),
     (["--ratio", "0"], ["--ratio 0", "above 0"]),
     (["--speedup", "-1"], ["--speedup -1", "above 0"]),
     (["--params", "1M", "--strategy", "size-first"], ["--params", "--strategy search"]),

@@ -108,45 +108,87 @@ def test_buckets_are_hugging_faces():
 LARGE = {"vocab_size": 8192, "d_model": 64}  # a head of 2^19 numbers, the least that `quick_products` takes up
 
 
-@pytest.mark.parametrize("rows, way", ((1, "scratch"), (2, "packed")))
+def ready():
+    """{weight: what is prepared for it}."""
+    return getattr(m.QUICK, "ready", {})
+
+
+@pytest.mark.parametrize("rows", (1, 2, 4))
 @pytest.mark.parametrize("tied", (True, False))
-def test_quick_products(rows, way, tied):
+def test_quick_products(rows, tied):
     model = tiny(**LARGE, tie_word_embeddings=tied)
-    weight, small = model.head.weight, model.decoder.layers[0].cross_attention.q.weight
     with torch.no_grad(), m.quick_products(model, rows):
-        assert hasattr(weight, way) and not hasattr(small, way), "large matrices alone: a small one's call costs more"
-        assert tied or not hasattr(model.embedding.weight, way), "an embedding that is no head is looked up, not read"
+        assert set(map(id, ready())) == ({id(model.head.weight)} if rows != 2 else set()), \
+            "the one large matrix that is multiplied, for one row and for more than 3"
         for shape in ((64,), (1, 64), (1, 1, 64), (3, 1, 64), (2, 5, 64)):
-            x = torch.randn(shape)
+            x, weight = torch.randn(shape), model.head.weight
             torch.testing.assert_close(m.linear(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5, check_stride=False)
-    assert not weight.__dict__, "outside the block, products are torch's own: weights may change, or learn"
+    assert not ready(), "outside the block, products are torch's own: weights may change, or learn"
 
 
-@pytest.mark.parametrize("rows", (1, 2))
+@pytest.mark.parametrize("rows", (1, 4))
 def test_quick_products_end_with_an_error(rows):
+    model, other = tiny(**LARGE), tiny(**LARGE)
+    with m.quick_products(other, rows):
+        with pytest.raises(KeyError), m.quick_products(model, rows):
+            raise KeyError
+        assert list(map(id, ready())) == [id(other.head.weight)], "an outer block goes on as before"
+    assert not ready(), "nothing may stay behind: the weights are about to change"
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+def test_quick_products_are_for_float32(dtype):
+    model = tiny(**LARGE).to(dtype)
+    for rows in (1, 4):
+        with m.quick_products(model, rows):
+            assert not ready(), "in 16 bit torch's own product is the fastest"
+    source = padded([[5, 6, 7, 1], [8, 1]])
+    assert model.generate(source, 5).shape[0] == 2
+
+
+def test_quick_products_belong_to_their_thread():
+    """A server may generate in several threads at once, and train in another."""
     model = tiny(**LARGE)
-    with pytest.raises(KeyError), m.quick_products(model, rows):
-        raise KeyError
-    assert not model.head.weight.__dict__, "nothing may stay behind: the weights are about to change"
+    sources = [padded([[i, i + 1, 7, 1]]) for i in range(2, 10)]
+    expected, failed = [model.generate(source, 12) for source in sources], []
+
+    def generate():
+        for _ in range(5):
+            for source, ids in zip(sources, expected):
+                if not torch.equal(model.generate(source, 12), ids):
+                    failed.append(source)
+    threads = [threading.Thread(target=generate) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    with m.quick_products(model, 1):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(model(sources[0], sources[0]).requires_grad))
+        thread.start(), thread.join()
+    for thread in threads:
+        thread.join()
+    assert not failed, "one thread's buffer must not be another's"
+    assert found == [True], "a block in one thread does not reach a step that learns in another"
 
 
-@pytest.mark.parametrize("rows", (1, 2))
-def test_quick_products_are_for_float32(rows):
-    model = tiny(**LARGE).bfloat16()
-    with m.quick_products(model, rows):
-        assert not model.head.weight.__dict__, "in 16 bit torch's own product is the fastest"
-
-
-@pytest.mark.parametrize("beams", (1, 3))
-@pytest.mark.parametrize("sources", ([[5, 6, 7, 1]], [[5, 6, 7, 1], [8, 1]]))
+@pytest.mark.parametrize("beams", (1, 4))
+@pytest.mark.parametrize("sources", ([[5, 6, 7, 1]], [[5, 6, 7, 1]] * 3 + [[8, 1]]))
 def test_quick_products_change_no_output(monkeypatch, beams, sources):
-    model, source, used = tiny(**LARGE), padded(sources), set()
+    model, source, used = tiny(**LARGE), padded(sources), []
     linear = m.linear
-    monkeypatch.setattr(m, "linear", lambda x, weight: used.update(weight.__dict__) or linear(x, weight))
+    monkeypatch.setattr(m, "linear", lambda x, weight: used.append(ready().get(weight)) or linear(x, weight))
     quick = model.generate(source, 12, beams)
-    assert used == ({"scratch"} if len(sources) * beams == 1 else {"packed"}), "generation must take the quick way"
+    assert {each.is_mkldnn for each in used if each is not None} == {len(sources) * beams > 1}, \
+        "generation must take the quick way: a buffer for one row, oneDNN for many"
     monkeypatch.setattr(m, "linear", F.linear)
     assert torch.equal(quick, model.generate(source, 12, beams))
+
+
+def test_generation_that_is_interrupted_leaves_the_mode(monkeypatch):
+    model = tiny().train()
+    monkeypatch.setattr(model, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(padded([[5, 1]]))
+    assert model.training, "who goes on training does so with dropout"
 
 
 def test_rms_norm_by_hand():
@@ -1236,11 +1278,30 @@ def test_command_line_reads_standard_input(text_folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("options, words", (
-    (["--num-beams", "0"], ["num_beams"]), (["--max-new-tokens", "0"], ["max_new_tokens"])))
+    (["--num-beams", "0"], ["num_beams"]), (["--max-new-tokens", "0"], ["max_new_tokens"]),
+    (["--device", "meta"], ["--device", "meta"])))
 def test_command_line_refuses_options(text_folder, capsys, options, words):
     assert m.main([str(text_folder), "text", *options]) == 2, "a wrong option is exit status 2"
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), "one line that names the option"
+
+
+def test_command_line_names_the_input_that_is_not_text(text_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\n\xff\n"), encoding="utf-8"))
+    assert m.main([str(text_folder)]) == 2
+    output = capsys.readouterr()
+    assert output.out.count("\n") == 1 and "input 2: not valid UTF-8" in output.err
+
+
+def test_command_line_refuses_a_token_without_a_row(text_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(text_folder, folder)
+    model = tiny(vocab_size=len(data.Tokenizer(folder).pieces))  # no rows for sentinels
+    m.save_t5(model, folder)
+    assert m.main([str(folder), "one line"]) == 0, "as long as the text has none"
+    assert m.main([str(folder), "<extra_id_0>"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "spiece.model" in error and f"vocab_size {model.config.vocab_size}" in error
 
 
 def test_command_line_names_the_bad_file(folder):

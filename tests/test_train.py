@@ -512,6 +512,14 @@ def test_second_run_does_not_overwrite_the_first(finished, files, capsys):
     assert (finished / "results.json").read_bytes() == before
 
 
+def test_results_that_are_none_are_named(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text("{}", encoding="utf-8")
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "results.json: holds no scores" in error.splitlines()[-1]
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing in the program catches it."""
 
