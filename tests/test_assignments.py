@@ -267,8 +267,10 @@ def without_bodies(exercises):
 
 
 def copy_project(folder, sources):
-    """Write the six files as they are in `sources`, and all that the grading tests need, to a new folder."""
+    """Write the six files as they are in `sources`, the README and all that the grading tests need to a new folder."""
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", Path(__file__).name))
+    for name in ("README.md", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
     for file, text in sources.items():
         (folder / file).write_text(text, encoding="utf-8")
 
@@ -414,6 +416,7 @@ def test_a_copy_to_work_in(tmp_path):
     text = "".join((tmp_path / "course" / file).read_text(encoding="utf-8") for file in FILES)
     functions = sum(len(exercise.bodies) for exercise in EXERCISES.values())
     assert text.count("raise NotImplementedError\n") == functions, "every body of every exercise is removed, no other"
+    assert (tmp_path / "course" / "README.md").exists(), "the exercises tell the student to read it"
     for file in FILES:
         compile((tmp_path / "course" / file).read_text(encoding="utf-8"), file, "exec")
 
