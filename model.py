@@ -123,9 +123,9 @@ def linear(x, weight):
         return F.linear(x, weight)
     if ready.is_mkldnn:
         return F.linear(x.to_mkldnn(), ready).to_dense()
-    parts = weight.split(max(1, ready.numel() // x.numel()))
-    terms = (torch.mul(part, x.view(-1), out=ready[:part.numel()].view(part.shape)) for part in parts)
-    return torch.cat([each.sum(-1) for each in terms]).view(*x.shape[:-1], -1)
+    sums = [torch.mul(part, x.view(-1), out=ready[:part.numel()].view(part.shape)).sum(-1)
+            for part in weight.split(max(1, ready.numel() // x.numel()))]
+    return (torch.cat(sums) if len(sums) > 1 else sums[0]).view(*x.shape[:-1], -1)
 
 
 @contextmanager
