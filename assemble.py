@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from data import Tokenizer
 from distill import logit_distillation, run_stacks
-from model import (Cache, Parser, command_line, load_t5, quick_products, read_json, read_safetensors, save_t5, write_json,
-                   write_safetensors)
+from model import (Cache, Parser, command_line, load_t5, quick_products, read_json, read_safetensors, save_t5,
+                   write_json, write_safetensors)
 from modules import STACKS, check_path, load_bank, path_of, spans_from, with_layers
 
 STRATEGIES = ("size-first", "speed-first")
