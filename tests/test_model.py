@@ -105,6 +105,21 @@ def test_buckets_are_hugging_faces():
             assert ours.tolist() == tables[name].tolist(), f"{name}: buckets differ from Hugging Face's"
 
 
+@pytest.mark.parametrize("shape", ((16,), (1, 16), (1, 1, 16), (2, 16), (3, 1, 16), (0, 16)))
+@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)))
+def test_linear_is_one_product_for_one_vector_or_many(shape, dtype, bound):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(5, 16, dtype=dtype, requires_grad=True)
+    expected = x @ weight.t()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = m.linear(x, weight)
+            assert y.shape == expected.shape and y.dtype is dtype and y.requires_grad is grad
+            torch.testing.assert_close(y, expected, rtol=bound, atol=bound, check_stride=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert m.linear(x, weight).dtype is torch.bfloat16, "autocast decides the product's type, for one vector too"
+
+
 LARGE = {"vocab_size": 8192, "d_model": 64}  # a head of 2^19 numbers, the least that `quick_products` takes up
 
 
@@ -141,7 +156,7 @@ def test_quick_products_are_for_float32(dtype):
     model = tiny(**LARGE).to(dtype)
     for rows in (1, 4):
         with m.quick_products(model, rows):
-            assert not ready(), "in 16 bit torch's own product is the fastest"
+            assert not ready(), "other types take torch's own product"
     source = padded([[5, 6, 7, 1], [8, 1]])
     assert model.generate(source, 5).shape[0] == 2
 
