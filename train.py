@@ -327,6 +327,10 @@ def start_run(args, pairs):
         if len(tokenizer.pieces) > c.vocab_size:
             raise ValueError(f"{folder}: spiece.model has {len(tokenizer.pieces)} pieces, the embedding "
                              f"{c.vocab_size} rows")
+        texts = (text for part in pairs.values() for pair in part for text in pair)
+        if tokenizer.vocab_size > c.vocab_size and any(max(tokenizer.encode(text)) >= c.vocab_size for text in texts):
+            raise ValueError(f"{folder}: the embedding has no rows for sentinels such as <extra_id_0>: take them out of "
+                             f"the data")
         if (c.pad_token_id, c.eos_token_id) != (tokenizer.pad_id, tokenizer.eos_id):
             raise ValueError(f"{folder}: config.json has pad_token_id {c.pad_token_id} and eos_token_id "
                              f"{c.eos_token_id}, spiece.model {tokenizer.pad_id} and {tokenizer.eos_id}")

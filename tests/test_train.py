@@ -183,6 +183,9 @@ def test_a_teacher_with_more_pieces_than_words_is_refused(tmp_path):
     with pytest.raises(ValueError, match="t5: spiece.model has 100 pieces, the embedding 99 rows"):
         train.start_run(args, PAIRS)
     tokenizer = train.train_tokenizer(texts, tmp_path / "t5" / "spiece.model", 99)
+    with pytest.raises(ValueError, match="t5: the embedding has no rows for sentinels"):
+        train.start_run(args, {**PAIRS, "valid": [("one <extra_id_0> sheep", "one")]})
+    assert not (tmp_path / "run").exists(), "nothing half-written"
     assert train.start_run(args, PAIRS)[1].model_bytes == tokenizer.model_bytes, "as many pieces as rows is fine"
 
 
