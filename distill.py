@@ -217,7 +217,7 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
 # ---- the two kinds of training
 
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.1, passes=2.0,
-                  **loop):
+                  frame_lr=0.25, **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
@@ -227,10 +227,11 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely
     meets again (README, "Ablations"). "ce" and the other terms are means over the granularities.
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
-    gradients through, and runs without dropout where its layers stand in a path. Distilled modules do too: their
-    targets have no noise, and matching them with noise did not help (README, "What did not work"). Modules that see a
-    share s of the rows learn at sqrt(s) of the rate, as Adam's steps on smaller batches should
-    (https://arxiv.org/abs/2205.10287). **loop goes to `fit`."""
+    gradients through, and runs without dropout where its layers stand in a path; so do distilled modules: they see too
+    few rows for dropout to pay (README, "What did not work").
+    Modules that see a share s of the rows learn at sqrt(s) of the rate, as Adam's steps on smaller batches should
+    (https://arxiv.org/abs/2205.10287); the frame at the share frame_lr of it: where it goes all modules have to follow,
+    those too that were nearly the teacher's equals. **loop goes to `fit`."""
     teacher.eval().requires_grad_(False)
     distilling = bool(set(weights) - set(CE_ONLY))
     bank.train(not distilling)
@@ -245,6 +246,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     lr_factors = {parameter: shares[stack][g] ** 0.5 for stack in STACKS
                   for g, spans in grains[stack].items() for span in spans
                   for parameter in bank.module(stack, span).parameters()}
+    lr_factors.update(dict.fromkeys(bank.frame.parameters(), frame_lr))
 
     def step_loss(step, source, target):
         """Paths of each granularity of the decoder, and what they cost: terms by name, and the rates to log."""
@@ -274,11 +276,11 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
 
 
 def train_student(student, batches, steps, teacher=None, seed=0, weights=None, **loop):
-    """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the teacher's,
-    without dropout, as in `train_modules`. Without: shrink-and-fine-tune, pseudo-labels, or the teacher itself.
-    weights: by default WEIGHTS with a teacher, else CE_ONLY. **loop goes to `fit`."""
+    """Train all of a plain T5, with dropout. With a teacher: distillation, the student's layers spread evenly over the
+    teacher's. Without: shrink-and-fine-tune, pseudo-labels, or the teacher itself. weights: by default WEIGHTS with a
+    teacher, else CE_ONLY. **loop goes to `fit`."""
     weights = weights or (WEIGHTS if teacher is not None else CE_ONLY)
-    student.train(teacher is None).requires_grad_(True)
+    student.train().requires_grad_(True)
     paths = None
     if teacher is not None:
         teacher.eval().requires_grad_(False)
