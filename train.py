@@ -44,10 +44,11 @@ BASELINES = ("sft", "kd", "pseudo", "theseus")
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
 TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 16 bit to pay
            targets="data",                             # there is one right answer, and the teacher gives it
+           dropout=0.0,                                # no pair is seen more than four times
            steps=50,                                   # by which sizes and methods differ: 400 make all perfect
            d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, teacher_lr=1.5e-2, lr=3e-2, max_length=64)
-REAL = dict(dtype="auto", metric="bleu", targets="teacher", layers=12, d_model=128, vocab=8000, batch_tokens=4096,
-            teacher_steps=4700, steps=1880, teacher_lr=3e-2, lr=3e-2, max_length=128)
+REAL = dict(dtype="auto", metric="bleu", targets="teacher", dropout=0.1, layers=12, d_model=128, vocab=8000,
+            batch_tokens=4096, teacher_steps=4700, steps=1880, teacher_lr=3e-2, lr=3e-2, max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
@@ -73,6 +74,7 @@ def parse_args(argv):
     p.add_argument("--num-beams", type=int, default=1, help="for scoring")
     p.add_argument("--layers", type=int, help="of each stack of a teacher from scratch")
     p.add_argument("--d-model", type=int, help="width of a teacher from scratch, a multiple of 32")
+    p.add_argument("--dropout", type=float, help="of a teacher from scratch, and so of its students")
     p.add_argument("--vocab", type=int, help="pieces of a tokenizer trained on the corpus")
     p.add_argument("--max-length", type=int, help="tokens; longer sequences are cut")
     p.add_argument("--batch-tokens", type=int,
@@ -121,6 +123,8 @@ def parse_args(argv):
     for name in ("teacher_lr", "lr"):
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, and finite")
+    if not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout {args.dropout}: must be at least 0, and below 1")
     if args.seed >= 1 << 32:
         raise ValueError(f"--seed {args.seed}: must be below {1 << 32}")
     if args.d_model % 32:
@@ -329,8 +333,8 @@ def start_run(args, pairs):
                              f"{c.vocab_size} rows")
         texts = (text for part in pairs.values() for pair in part for text in pair)
         if tokenizer.vocab_size > c.vocab_size and any(max(tokenizer.encode(text)) >= c.vocab_size for text in texts):
-            raise ValueError(f"{folder}: the embedding has no rows for sentinels such as <extra_id_0>: take them out of "
-                             f"the data")
+            raise ValueError(f"{folder}: the embedding has no rows for sentinels such as <extra_id_0>: take them out "
+                             f"of the data")
         if (c.pad_token_id, c.eos_token_id) != (tokenizer.pad_id, tokenizer.eos_id):
             raise ValueError(f"{folder}: config.json has pad_token_id {c.pad_token_id} and eos_token_id "
                              f"{c.eos_token_id}, spiece.model {tokenizer.pad_id} and {tokenizer.eos_id}")
@@ -345,7 +349,7 @@ def start_run(args, pairs):
         heads = max(4, args.d_model // 32)
         teacher = T5(T5Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, d_kv=args.d_model // heads,
                               num_heads=heads, d_ff=4 * args.d_model, num_layers=args.layers,
-                              num_decoder_layers=args.layers))
+                              num_decoder_layers=args.layers, dropout_rate=args.dropout))
     if not args.resume:
         dtype = pick_dtype(args.dtype, args.device, teacher.config.d_model)
         args.dtype = str(dtype).removeprefix("torch.")  # settled once, also for --resume

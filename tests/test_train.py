@@ -165,12 +165,13 @@ def test_a_teacher_from_scratch_by_hand(tmp_path):
     weights = []
     for i, seed in enumerate("001"):
         args = train.parse_args(["--layers", "2", "--d-model", "256", "--vocab", "70", "--baselines", "", "--dtype",
-                                 "float32", "--seed", seed, "--out", str(tmp_path / str(i))])
+                                 "float32", "--dropout", "0.2", "--seed", seed, "--out", str(tmp_path / str(i))])
         teacher, tokenizer = train.start_run(args, PAIRS)
         weights.append(teacher.embedding.weight)
     c = teacher.config
     assert (c.vocab_size, len(tokenizer.pieces), c.num_layers, c.num_decoder_layers) == (170, 70, 2, 2)
     assert (c.d_model, c.num_heads, c.d_kv, c.d_ff) == (256, 8, 32, 1024), "heads of 32 numbers, d_ff 4 times d_model"
+    assert c.dropout_rate == 0.2
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2]), "the seed draws the weights"
 
 
@@ -207,6 +208,9 @@ def test_least_settings():
         train.parse_args([f"--{name}", str(least)])
         with pytest.raises(ValueError, match=f"--{name} {least - 1}: must be at least {least}"):
             train.parse_args([f"--{name}", str(least - 1)])
+    for rate in ("-0.1", "1", "nan"):
+        with pytest.raises(ValueError, match=f"--dropout {float(rate)}: must be"):
+            train.parse_args(["--dropout", rate])
 
 
 def test_toy_data_by_default():
