@@ -112,45 +112,48 @@ def relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
     return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
 
 
-QUICK = threading.local()  # .ready: what `quick_products` has prepared, for this thread alone
+QUICK = threading.local()  # .block, in a block of `quick_products` of this thread: (one row?, {weight: its copy})
 
 
 def linear(x, weight):
-    """x W^T: (..., n) and (m, n) -> (..., m). In a block of `quick_products`, which says why, by one of two other ways:
-    a matrix in oneDNN's format; or, for one vector, a buffer for W times x, which is then summed."""
-    ready = getattr(QUICK, "ready", {}).get(weight)
-    if ready is None or not (ready.is_mkldnn or x.numel() == x.size(-1)):
+    """x W^T: (..., n) and (m, n) -> (..., m). In a block of `quick_products`, which says why, with a copy of W."""
+    one_row, copies = getattr(QUICK, "block", (False, None))
+    if copies is None or torch.is_grad_enabled() or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
-    if ready.is_mkldnn:
-        return F.linear(x.to_mkldnn(), ready).to_dense()
-    sums = [torch.mul(part, x.view(-1), out=ready[:part.numel()].view(part.shape)).sum(-1)
-            for part in weight.split(max(1, ready.numel() // x.numel()))]
-    return (torch.cat(sums) if len(sums) > 1 else sums[0]).view(*x.shape[:-1], -1)
+    n, size, dtype = x.size(-1), weight.numel(), weight.dtype
+    if one_row and x.numel() == n and size >= 1 << 16 and dtype in (torch.float32, torch.bfloat16):
+        if weight not in copies:
+            rows = torch.arange(n, device="cpu")
+            starts = rows[::n // math.gcd(n, torch.get_num_threads())].contiguous()  # of each thread's part of them
+            copies[weight] = weight.detach().T.contiguous(), rows, starts
+        sums, *_ = torch.embedding_bag(*copies[weight], per_sample_weights=x.reshape(-1))
+        return sums.sum(0).view(*x.shape[:-1], -1)
+    if not one_row and size >= 1 << 19 and dtype is torch.float32:
+        if weight not in copies:
+            copies[weight] = weight.detach().to_mkldnn()
+        return F.linear(x.to_mkldnn(), copies[weight]).to_dense()
+    return F.linear(x, weight)
 
 
 @contextmanager
-def quick_products(model, rows):
-    """In the block, float32 products of few rows with the large matrices of `model` are faster on a CPU.
+def quick_products(rows):
+    """In the block, products of few rows with large matrices are faster on a CPU. rows: sentences times beams.
 
-    They have to read all weights for every token, and torch's own are far from the memory's speed: where it gives 52
-    GB/s (2 cores, AMD), they read weights at 17 for one row and at 7 for 32. rows: sentences times beams.
-    One row: W times x, then the sum, a few megabytes at a time in a buffer that stays in the processor's cache; up to
-    45 GB/s. 4 rows and more: oneDNN multiplies, 14 GB/s for 32 rows, by copies of the matrices in its own format. These
-    take as much memory as the weights, and the time of some ten tokens to make. For 2 and 3 they would not pay.
+    Generation reads all weights for every token, and torch's own products are far from the memory's speed: where it
+    gives 70 GB/s (2 cores, AMD), they read float32 weights at 17 for one row and at 6 for 32, bfloat16 at 20.
+    One row: x W^T is the sum of the rows of W^T, each times a number of x. That is what an embedding bag computes, at 60
+    and 50 GB/s; every thread takes a part of the rows. Several rows, float32: oneDNN, at 28 GB/s for 2, 14 for 32.
+    Both need a copy of a matrix, W^T or one in oneDNN's format, which is made when it is first needed and kept to the
+    end of the block: as much memory as the weights, and the time of some tokens. `generate` has a block of its own; who
+    calls it again and again puts one around it all, in which the weights must not change.
     """
-    weights = {module.weight for module in model.modules() if isinstance(module, Linear)} | {model.head.weight}
-    weights = [weight for weight in weights if weight.device.type == "cpu" and weight.dtype is torch.float32
-               and weight.numel() >= 1 << 19]
-    before, ready = getattr(QUICK, "ready", {}), {}
-    if rows == 1 and weights:
-        ready = dict.fromkeys(weights, torch.empty(1 << 21, dtype=torch.float32, device="cpu"))
-    elif rows > 3 and torch.backends.mkldnn.is_available():
-        ready = {weight: weight.detach().to_mkldnn() for weight in weights}
-    QUICK.ready = ready
+    before = getattr(QUICK, "block", (False, None))
+    if before[1] is None or before[0] != (rows == 1):
+        QUICK.block = rows == 1, ({} if rows == 1 or torch.backends.mkldnn.is_available() else None)
     try:
         yield
     finally:
-        QUICK.ready = before
+        QUICK.block = before
 
 
 class Linear(nn.Module):
@@ -447,7 +450,7 @@ class T5(nn.Module):
         mask, training = input_ids != self.config.pad_token_id, self.training
         self.eval()
         try:
-            with quick_products(self, num_beams * len(input_ids)):
+            with quick_products(num_beams * len(input_ids)):
                 memory = self.encode(input_ids).hidden
                 if num_beams == 1:
                     output = self._greedy(memory, mask, max_new_tokens)
@@ -901,17 +904,18 @@ def main(argv):
     from data import Tokenizer  # here alone: the model itself knows no text
     folder = find_t5(args.model)
     model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
-    for n, line in enumerate(args.text or sys.stdin.buffer, start=1):
-        try:
-            ids = tokenizer.encode((line if args.text else line.decode()).rstrip("\r\n"))  # UTF-8 on every system
-        except UnicodeError:
-            raise ValueError(f"input {n}: not valid UTF-8") from None
-        if max(ids) >= model.config.vocab_size:
-            raise ValueError(f"{folder}: spiece.model has a token {max(ids)}, in input {n}; config.json has vocab_size "
-                             f"{model.config.vocab_size}")
-        ids = torch.tensor([ids], device=args.device)
-        output = model.generate(ids, args.max_new_tokens, args.num_beams)
-        print(tokenizer.decode(output[0].tolist()), flush=True)
+    with quick_products(args.num_beams):  # one for all lines
+        for n, line in enumerate(args.text or sys.stdin.buffer, start=1):
+            try:
+                ids = tokenizer.encode((line if args.text else line.decode()).rstrip("\r\n"))  # UTF-8 on every system
+            except UnicodeError:
+                raise ValueError(f"input {n}: not valid UTF-8") from None
+            if max(ids) >= model.config.vocab_size:
+                raise ValueError(f"{folder}: spiece.model has a token {max(ids)}, in input {n}; config.json has "
+                                 f"vocab_size {model.config.vocab_size}")
+            ids = torch.tensor([ids], device=args.device)
+            output = model.generate(ids, args.max_new_tokens, args.num_beams)
+            print(tokenizer.decode(output[0].tolist()), flush=True)
 
 
 if __name__ == "__main__":

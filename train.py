@@ -34,8 +34,8 @@ from assemble import assemble, choose, even_paths, export, parameters, possible_
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
 from distill import CE_ONLY, calibrate, pick_dtype, processes, shrink, train_modules, train_student, validation_loss
-from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, read_json,
-                   write_json)
+from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, quick_products,
+                   read_json, write_json)
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans, path_of, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
@@ -445,14 +445,15 @@ def translate(model, sources, num_beams, args, name):
     """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     outputs, size = [None] * len(order), 64
-    for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=processes()[0] > 0 or None):
-        rows = order[i:i + size]
-        ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
-        with memory_for(f"{name}: {num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
-                        f"--max-length"):
-            generated = model.generate(ids, args.max_length, num_beams).tolist()
-        for row, output in zip(rows, generated):
-            outputs[row] = [token for token in output if token != model.config.pad_token_id]
+    with quick_products(size * num_beams):
+        for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=processes()[0] > 0 or None):
+            rows = order[i:i + size]
+            ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
+            with memory_for(f"{name}: {num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
+                            f"--max-length"):
+                generated = model.generate(ids, args.max_length, num_beams).tolist()
+            for row, output in zip(rows, generated):
+                outputs[row] = [token for token in output if token != model.config.pad_token_id]
     return outputs
 
 
