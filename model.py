@@ -112,48 +112,49 @@ def relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
     return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
 
 
-QUICK = threading.local()  # .block, in a block of `quick_products` of this thread: (one row?, {weight: its copy})
+QUICK = threading.local()  # .copies, in a block of `quick_products` of this thread: {weight: its copy, None at first}
 
 
 def linear(x, weight):
     """x W^T: (..., n) and (m, n) -> (..., m). In a block of `quick_products`, which says why, with a copy of W."""
-    one_row, copies = getattr(QUICK, "block", (False, None))
-    if copies is None or torch.is_grad_enabled() or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    copies = getattr(QUICK, "copies", None)
+    if (copies is None or weight.numel() < 1 << 16 or weight.device.type != "cpu" or weight.dtype not in onednn_dtypes()
+            or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
         return F.linear(x, weight)
-    n, size, dtype = x.size(-1), weight.numel(), weight.dtype
-    if one_row and x.numel() == n and size >= 1 << 16 and dtype in (torch.float32, torch.bfloat16):
-        if weight not in copies:
-            rows = torch.arange(n, device="cpu")
-            starts = rows[::n // math.gcd(n, torch.get_num_threads())].contiguous()  # of each thread's part of them
-            copies[weight] = weight.detach().T.contiguous(), rows, starts
-        sums, *_ = torch.embedding_bag(*copies[weight], per_sample_weights=x.reshape(-1))
-        return sums.sum(0).view(*x.shape[:-1], -1)
-    if not one_row and size >= 1 << 19 and dtype is torch.float32:
-        if weight not in copies:
-            copies[weight] = weight.detach().to_mkldnn()
-        return F.linear(x.to_mkldnn(), copies[weight]).to_dense()
-    return F.linear(x, weight)
+    if weight not in copies:
+        copies[weight] = None
+        return F.linear(x, weight)
+    if copies[weight] is None:
+        copies[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return torch.ops.mkldnn._linear_pointwise(x, copies[weight], None, "none", [], "")
+
+
+@functools.cache
+def onednn_dtypes():
+    """What oneDNN multiplies on this processor: float32, and bfloat16 where there are instructions for it."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 @contextmanager
-def quick_products(rows):
-    """In the block, products of few rows with large matrices are faster on a CPU. rows: sentences times beams.
+def quick_products():
+    """In the block, products of few rows with large matrices are two to three times as fast on a CPU.
 
     Generation reads all weights for every token, and torch's own products are far from the memory's speed: where it
-    gives 70 GB/s (2 cores, AMD), they read float32 weights at 17 for one row and at 6 for 32, bfloat16 at 20.
-    One row: x W^T is the sum of the rows of W^T, each times a number of x. That is what an embedding bag computes, at 60
-    and 50 GB/s; every thread takes a part of the rows. Several rows, float32: oneDNN, at 28 GB/s for 2, 14 for 32.
-    Both need a copy of a matrix, W^T or one in oneDNN's format, which is made when it is first needed and kept to the
-    end of the block: as much memory as the weights, and the time of some tokens. `generate` has a block of its own; who
-    calls it again and again puts one around it all, in which the weights must not change.
+    gives 70 GB/s (2 cores, AMD), they read float32 weights at 17 for one row and at 6 for 32, bfloat16 weights at 24
+    and 13. oneDNN, of copies of the matrices in its own format, reads them at 48 and 14, bfloat16 at 68 and 22: what
+    torch.compile calls, too. A copy is made when a matrix is used for the second time, as most of an encoder is not in
+    the translation of one sentence, and kept to the end of the block: as much memory as the weights, and the time of
+    some tokens. `generate` has a block of its own; who calls it again and again puts one around it all. In a block the
+    weights must not change.
     """
-    before = getattr(QUICK, "block", (False, None))
-    if before[1] is None or before[0] != (rows == 1):
-        QUICK.block = rows == 1, ({} if rows == 1 or torch.backends.mkldnn.is_available() else None)
+    before = getattr(QUICK, "copies", None)
+    QUICK.copies = {} if before is None else before
     try:
         yield
     finally:
-        QUICK.block = before
+        QUICK.copies = before
 
 
 class Linear(nn.Module):
@@ -450,7 +451,7 @@ class T5(nn.Module):
         mask, training = input_ids != self.config.pad_token_id, self.training
         self.eval()
         try:
-            with quick_products(num_beams * len(input_ids)):
+            with quick_products():
                 memory = self.encode(input_ids).hidden
                 if num_beams == 1:
                     output = self._greedy(memory, mask, max_new_tokens)
@@ -904,7 +905,7 @@ def main(argv):
     from data import Tokenizer  # here alone: the model itself knows no text
     folder = find_t5(args.model)
     model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
-    with quick_products(args.num_beams):  # one for all lines
+    with quick_products():  # one for all lines
         for n, line in enumerate(args.text or sys.stdin.buffer, start=1):
             try:
                 ids = tokenizer.encode((line if args.text else line.decode()).rstrip("\r\n"))  # UTF-8 on every system

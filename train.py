@@ -6,12 +6,14 @@
     python train.py --resume --out runs/m30k                          # go on after an interruption
     torchrun --nproc_per_node=2 train.py ...                          # the same on two GPUs, or two CPU processes
 
-The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, teacher/, pseudo.json (what the teacher
-makes of the training sources), bank.safetensors, baselines/, checkpoint.pt while something trains, results.json and
-frontier.svg; `python assemble.py RUN --ratio 2` makes a model of it, and adds damage.json. In log.jsonl the last record
-of a step counts: some come twice after an interruption.
+The run folder holds args.json, log.jsonl, spiece.model, valid.safetensors, first-teacher/ (what the teacher was
+before it learnt from itself), teacher/, pseudo.json (what it makes of the training sources), bank.safetensors,
+baselines/, checkpoint.pt while something trains, results.json and frontier.svg; `python assemble.py RUN --ratio 2`
+makes a model of it, and adds damage.json. In log.jsonl the last record of a step counts: some come twice after an
+interruption.
 """
 import argparse
+import copy
 import ctypes
 import hashlib
 import json
@@ -45,11 +47,14 @@ BASELINES = ("sft", "kd", "pseudo", "theseus")
 TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 16 bit to pay
            targets="data",                             # there is one right answer, and the teacher gives it
            dropout=0.0,                                # no pair is seen more than four times
+           self_distill_steps=0,                       # the teacher makes no mistakes
            steps=50,                                   # by which sizes and methods differ: 400 make all perfect
            d_model=64, vocab=200, batch_tokens=2048, teacher_steps=900, teacher_lr=1.5e-2, lr=3e-2, max_length=64)
 REAL = dict(dtype="auto", metric="bleu", targets="teacher", dropout=0.1, layers=12, d_model=128, vocab=8000,
-            batch_tokens=4096, teacher_steps=4700, steps=1880, teacher_lr=3e-2, lr=3e-2, max_length=128)
-FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3)  # T5's own rate of fine-tuning, of a tensor's size too
+            batch_tokens=4096, teacher_steps=4700, self_distill_steps=1880, steps=1880, teacher_lr=3e-2, lr=3e-2,
+            max_length=128)
+FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning, of a tensor's size too
+                 self_distill_steps=0)            # not tried with T5's weights
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
 PORTION = 4096  # so many of these are made, and written, at a time
@@ -80,6 +85,8 @@ def parse_args(argv):
     p.add_argument("--batch-tokens", type=int,
                    help="source and target tokens a batch, padding included, all processes together")
     p.add_argument("--teacher-steps", type=int, help="steps to train or fine-tune the teacher; 0 takes it as it is")
+    p.add_argument("--self-distill-steps", type=int, help="further steps in which the teacher learns from itself: from "
+                   "its own outputs and probabilities, with dropout")
     p.add_argument("--steps", type=int, help="steps for the bank, and for each baseline")
     p.add_argument("--teacher-lr", type=float,
                    help="peak learning rate of the teacher, as a share of each tensor's size")
@@ -117,7 +124,7 @@ def parse_args(argv):
         shapes = () if given else (f"{k}+{k}" for k in (args.layers // 2, 1))
         args.baselines = ",".join(f"{kind}:{shape}" for shape in shapes for kind in ("sft", "kd"))
     for name, least in dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1,
-                            teacher_steps=0, seed=0).items():
+                            teacher_steps=0, self_distill_steps=0, seed=0).items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     for name in ("teacher_lr", "lr"):
@@ -198,10 +205,7 @@ def main(argv):
 
     teacher.to(args.device)
     if not (out / "teacher").exists():
-        say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")
-        train_student(teacher, batches["data"], args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
-        if first:
-            export(teacher, out / "spiece.model", out / "teacher")
+        train_teacher(teacher, batches["data"], args, loop, first)
 
     baselines = parse_baselines(args.baselines)
     if args.targets == "teacher" or "pseudo" in [kind for kind, _, _ in baselines]:
@@ -385,6 +389,28 @@ def check_plan(args, encoder, decoder):
             raise ValueError(f"--baselines {kind}:{e}+{d}: not a shape that equal spans make of {encoder}+{decoder}")
 
 
+def train_teacher(teacher, batches, args, loop, first):
+    """Train the teacher, or fine-tune it, on the pairs. With --self-distill-steps it then learns once more, from what
+    it was, as a KD student of its own size (born-again networks, https://arxiv.org/abs/1805.04770): dropout makes it
+    better than its targets, where a bank, without dropout, imitates. first-teacher/ keeps what it was."""
+    folder = args.out / ("first-teacher" if args.self_distill_steps else "teacher")
+    if folder.exists():
+        teacher.load_state_dict(load_t5(folder).state_dict())
+    else:
+        say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")
+        train_student(teacher, batches, args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
+        if first:
+            export(teacher, args.out / "spiece.model", folder)
+    if args.self_distill_steps:
+        own_teacher = copy.deepcopy(teacher)
+        targets = relabel(own_teacher, batches, args, folder)
+        say(f"the teacher learns from itself: {args.self_distill_steps} steps")
+        train_student(teacher, targets, args.self_distill_steps, own_teacher, lr=args.lr, name="self-distillation",
+                      **loop)
+        if first:
+            export(teacher, args.out / "spiece.model", args.out / "teacher")
+
+
 def new_bank(teacher, batches, args):
     """The bank before its first step, as --granularities and --init say."""
     chosen = args.granularities and dict.fromkeys(STACKS, args.granularities)
@@ -413,11 +439,11 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
     return student
 
 
-def relabel(teacher, batches, args):
+def relabel(teacher, batches, args, folder=None):
     """The same sources with the teacher's outputs as targets (pseudo-labels; Kim & Rush 2016, sequence-level
-    distillation, https://arxiv.org/abs/1606.07947). The run folder keeps them in pseudo.json, where an interruption
-    loses one portion. Raises ValueError naming that file if it is of other sources."""
-    file, eos = args.out / "pseudo.json", teacher.config.eos_token_id
+    distillation, https://arxiv.org/abs/1606.07947). pseudo.json in the folder, by default the run's, keeps them: an
+    interruption loses one portion. Raises ValueError naming that file if it is of other sources."""
+    file, eos = (folder or args.out) / "pseudo.json", teacher.config.eos_token_id
     sources = [source for source, _ in batches.examples]
     made = {"sources": hashlib.sha256(repr(sources).encode()).hexdigest(), "targets": []}
     if file.exists():
@@ -445,7 +471,7 @@ def translate(model, sources, num_beams, args, name):
     """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     outputs, size = [None] * len(order), 64
-    with quick_products(size * num_beams):
+    with quick_products():
         for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=processes()[0] > 0 or None):
             rows = order[i:i + size]
             ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)

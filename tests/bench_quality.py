@@ -314,8 +314,9 @@ def reference_teacher(study, seed):
         return study.score(load_t5(folder).to(study.args.device), "valid")
 
     def ours():
-        if (steps, seed) == (study.args.teacher_steps, study.args.seed):
-            return study.score(study.teacher, "valid")  # the run's own
+        if (steps, seed) == (study.args.teacher_steps, study.args.seed):  # the run's own, before it learnt from itself
+            first = study.args.out / "first-teacher"
+            return study.score(load_t5(first).to(study.args.device) if first.exists() else study.teacher, "valid")
         torch.manual_seed(seed)
         model = type(study.teacher)(config).to(study.args.device)
         train_student(model, batches, steps, lr=lr, name="ours", **study.loop(f"ours-{steps}", seed))

@@ -132,10 +132,10 @@ def generate(device, tokens=32):
                 target = targets[device, rows][dtype is torch.bfloat16]
                 show(work, alternate(device, ours, other, rounds=5), target, limit)
                 if device == "cpu":
-                    with quick_products(rows):
+                    with quick_products():
                         show(work + ", one of many calls", alternate(device, ours, other, rounds=5), target, limit)
             if device == "cpu" and dtype is torch.float32 and rows == 1 and importlib.util.find_spec("ctranslate2"):
-                with quick_products(rows):  # CTranslate2, too, makes its copies of the weights before the first call
+                with quick_products():  # CTranslate2, too, makes its copies of the weights before the first call
                     show(f"greedy, {tokens} tokens, against CTranslate2", against_ctranslate2(model, source, tokens),
                          "1.0x", limit)
 
@@ -237,7 +237,7 @@ def assembly(device, tokens=32):
     for dtype in (torch.float32, torch.bfloat16):
         teacher.to(dtype), small.to(dtype)
         possible = possible_speedup(teacher, small, tokens)
-        with quick_products(1):
+        with quick_products():
             times = alternate(device, lambda: seconds(small, source, tokens), lambda: seconds(teacher, source, tokens),
                               rounds=7)
         share = np.median(times[:, 1]) / np.median(times[:, 0]) / possible
@@ -291,7 +291,7 @@ def scale(device):
     shape = dict(SMALL, d_model=256, d_ff=1024, vocab_size=8000)
     source = torch.randint(6, 8000, (1, 16), device=device)
     models = {k: make(dict(shape, num_layers=k, num_decoder_layers=k), device) for k in (2, 4, 8, 16)}
-    with quick_products(1):
+    with quick_products():
         deep = alternate(device, *(lambda m=m: seconds(m, source, 24) for m in models.values()), rounds=7)
         long = alternate(device, *(lambda n=n: seconds(models[4], source, n) for n in (32, 64, 128, 256)), rounds=7)
     for name, x, times in (("layers", list(models), deep), ("generated tokens", [32, 64, 128, 256], long)):

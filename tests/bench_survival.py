@@ -35,8 +35,8 @@ import model
 import train
 
 TINY = ["--layers", "2", "--granularities", "2", "--d-model", "32", "--vocab", "80", "--teacher-steps", "6",
-        "--steps", "6", "--batch-tokens", "512", "--max-length", "12", "--device", "cpu", "--dtype", "float32",
-        "--metric", "exact", "--baselines", "kd:1+1"]
+        "--self-distill-steps", "6", "--steps", "6", "--batch-tokens", "512", "--max-length", "12", "--device", "cpu",
+        "--dtype", "float32", "--metric", "exact", "--baselines", "kd:1+1"]
 RESULTS = ("teacher/model.safetensors", "bank.safetensors", "baselines/kd-1+1/model.safetensors", "spiece.model",
            "valid.safetensors")
 

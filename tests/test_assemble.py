@@ -319,7 +319,7 @@ def test_speedup_by_hand(monkeypatch):
 
     def seconds(model, source, tokens):
         assert tokens == 24, "sentences of 24 tokens, unless told otherwise"
-        assert m.QUICK.block[1] is not None, "copies of the weights outlive a round, or making them would be timed, too"
+        assert m.QUICK.copies is not None, "copies of the weights outlive a round, or making them would be timed, too"
         asked.append(model)
         return times[model][asked.count(model) - 1]
     monkeypatch.setattr(a, "seconds", seconds)
@@ -327,7 +327,8 @@ def test_speedup_by_hand(monkeypatch):
         "after one round to warm up, the median of 6, 8, 90, 7, 6 over that of 2, 60, 4, 1, 2"
     assert asked == ["teacher", "model"] * 6, "the two take turns, so that a slow minute hits both"
     monkeypatch.setattr(a, "seconds", lambda *x: asked.append(x) or 1.0)
-    assert a.speedup("teacher", "model", ids(1, 4)) == 1.0 and len(asked) == 12 + 16, "7 rounds after the first, by default"
+    assert a.speedup("teacher", "model", ids(1, 4)) == 1.0
+    assert len(asked) == 12 + 16, "7 rounds after the first, by default"
 
 
 def test_seconds_decodes_all_tokens(monkeypatch):
@@ -467,7 +468,7 @@ def test_layer_seconds_fits_the_line(monkeypatch):
 
     def seconds(model, source, tokens):
         asked.append((*model.depths.values(), tokens))
-        assert m.QUICK.block[1] is not None, "copies of the weights outlive a round"
+        assert m.QUICK.copies is not None, "copies of the weights outlive a round"
         return 0.5 + 0.01 * model.depths["encoder"] + 0.2 * model.depths["decoder"] + 9 * (len(asked) < 5)
     monkeypatch.setattr(a, "seconds", seconds)
     assert a.layer_seconds(tiny(), ids(1, 4)) == pytest.approx([0.5, 0.01, 0.2]), \

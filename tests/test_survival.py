@@ -43,8 +43,8 @@ def test_two_commands_from_another_folder_without_a_terminal(tmp_path):
     for name, words in (("a.tsv", "bcde"), ("b.tsv", "fg")):
         (home / name).write_text("".join(f"{word} a\t{word} é\n" for word in words), encoding="utf-8")
     done = run(ROOT / "train.py", "--train", "a.tsv", "--valid", "b.tsv", "--test", "b.tsv", "--layers", 2,
-               "--d-model", 32, "--vocab", 30, "--teacher-steps", 1, "--steps", 1, "--max-length", 4, "--device", "cpu",
-               "--dtype", "float32", cwd=home)
+               "--d-model", 32, "--vocab", 30, "--teacher-steps", 1, "--self-distill-steps", 1, "--steps", 1,
+               "--max-length", 4, "--device", "cpu", "--dtype", "float32", cwd=home)
     assert done.returncode == 0 and "| teacher " in done.stdout, done.stderr
     assert done.stderr == "", "without a terminal no progress bar is drawn"
     (home / "run" / "results.json").unlink()

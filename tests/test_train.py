@@ -21,12 +21,12 @@ import train
 from assemble import assemble
 from assemble import main as assemble_main
 from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus
-from model import load_t5, read_json, read_safetensors, write_json, write_safetensors
+from model import QUICK, load_t5, read_json, read_safetensors, write_json, write_safetensors
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--steps", "4",
-         "--batch-tokens", "512", "--max-length", "12", "--device", "cpu", "--dtype", "float32"]
+SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--self-distill-steps", "4",
+         "--steps", "4", "--batch-tokens", "512", "--max-length", "12", "--device", "cpu", "--dtype", "float32"]
 BASELINES = "sft:3+3,kd:3+2,pseudo:1+1,theseus:2+3"
 
 
@@ -79,7 +79,8 @@ def test_without_a_terminal_progress_is_lines(finished, files, tmp_path, capsys)
 
 def test_run_folder_is_complete(finished):
     for name in ("args.json", "log.jsonl", "spiece.model", "valid.safetensors", "teacher/model.safetensors",
-                 "bank.safetensors", "results.json", "frontier.svg", "baselines/kd-3+2/config.json"):
+                 "first-teacher/model.safetensors", "first-teacher/pseudo.json", "pseudo.json", "bank.safetensors",
+                 "results.json", "frontier.svg", "baselines/kd-3+2/config.json"):
         assert (finished / name).exists(), f"a finished run holds {name}"
     assert not (finished / "checkpoint.pt").exists(), "a finished run needs no checkpoint any more"
     assert not list(finished.rglob("*.part")), "nothing half-written stays"
@@ -92,15 +93,16 @@ FILES = ["--train", "a", "--valid", "b", "--test", "c"]
 SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "calibrated",
             "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab": 200, "batch_tokens": 2048,
-       "teacher_steps": 900, "teacher_lr": 1.5e-2, "steps": 50, "targets": "data",
+       "teacher_steps": 900, "self_distill_steps": 0, "teacher_lr": 1.5e-2, "steps": 50, "targets": "data",
        "max_length": 64, "baselines": "sft:3+3,kd:3+3,sft:1+1,kd:1+1"}
 REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
-        "teacher_steps": 4700, "teacher_lr": 3e-2, "steps": 1880, "targets": "teacher", "max_length": 128,
-        "baselines": ""}
+        "teacher_steps": 4700, "self_distill_steps": 1880, "teacher_lr": 3e-2, "steps": 1880, "targets": "teacher",
+        "max_length": 128, "baselines": ""}
+FINE_TUNE = {**REAL, "teacher_lr": 1e-3, "lr": 5e-3, "self_distill_steps": 0}
 
 
 @pytest.mark.parametrize("options, settings", (
-    ([], TOY), (FILES, REAL), ([*FILES, "--teacher", "t5-small"], {**REAL, "teacher_lr": 1e-3, "lr": 5e-3}),
+    ([], TOY), (FILES, REAL), ([*FILES, "--teacher", "t5-small"], FINE_TUNE),
     (["--lr", "0.5", "--steps", "7"], {**TOY, "lr": 0.5, "steps": 7}),
     (["--layers", "4"], {**TOY, "layers": 4, "baselines": "sft:2+2,kd:2+2,sft:1+1,kd:1+1"})),
                          ids=("toy", "real", "fine-tuning", "options", "depth"))
@@ -204,7 +206,7 @@ def test_a_teacher_whose_tokenizer_is_another_ones_is_refused(tmp_path, name, va
 def test_least_settings():
     train.parse_args(["--seed", "4294967295"])
     for name, least in {"layers": 2, "d-model": 32, "vocab": 1, "max-length": 2, "batch-tokens": 1, "num-beams": 1,
-                        "steps": 1, "teacher-steps": 0, "seed": 0}.items():
+                        "steps": 1, "teacher-steps": 0, "self-distill-steps": 0, "seed": 0}.items():
         train.parse_args([f"--{name}", str(least)])
         with pytest.raises(ValueError, match=f"--{name} {least - 1}: must be at least {least}"):
             train.parse_args([f"--{name}", str(least - 1)])
@@ -240,7 +242,8 @@ def test_two_processes_make_one_run(files, tmp_path):
     assert run.stdout.count("% of teacher") == 1, "the first process prints the table, the second nothing"
     records = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(record["stage"], record["step"]) for record in records] == \
-        [(stage, step) for stage in ("teacher", "bank", "kd 1+1") for step in (1, 2, 3, 4)], "and one writes the log"
+        [(stage, step) for stage in ("teacher", "self-distillation", "bank", "kd 1+1")
+         for step in (1, 2, 3, 4)], "and one writes the log"
     rows = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"]
     assert {"teacher", "assembly 1+1", "kd 1+1"} < set(rows)
     both = read_json(tmp_path / "run" / "pseudo.json")
@@ -413,12 +416,16 @@ def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys):
     assert f"ratio       {12 / layers:.2f}x\n" in out, "the ratio printed is that of the model written"
 
 
-def test_outputs_are_in_order_and_without_padding():
+def test_outputs_are_in_order_and_without_padding(monkeypatch):
     torch.manual_seed(0)
+    generate, copies = train.T5.generate, []
+    monkeypatch.setattr(train.T5, "generate", lambda *args: copies.append(getattr(QUICK, "copies", None)) or
+                        generate(*args))
     model = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=1,
                                     num_decoder_layers=1, tie_word_embeddings=False)).eval()
     sources = [[2 + i % 18] * (1 + i * 7 % 5) + [1] for i in range(70)]  # more than one batch, of any lengths
     found = train.translate(model, sources, 1, Namespace(max_length=4, device="cpu"), "teacher")
+    assert len(copies) == 2 and copies[0] is copies[1] is not None, "one block for all batches"
     assert len(set(map(tuple, found))) > 5, "outputs that are all alike would not show their order"
     for source, ids in zip(sources, found, strict=True):
         alone = model.generate(torch.tensor([source]), 4)[0].tolist()
@@ -458,7 +465,7 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("targets", ("data", "teacher"))
 def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
-    learnt, distilled, rising = {}, [], {}
+    learnt, distilled, rising, labelled = {}, [], {}, []
 
     def training(*args, name, **options):
         batches = next(arg for arg in args if isinstance(arg, train.Batches))
@@ -468,15 +475,20 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
     def student(model, batches, steps, teacher=None, **options):
         training(batches, **options)
         distilled.extend([options["name"]] if teacher else [])
-    monkeypatch.setattr(train, "relabel", lambda teacher, batches, args: train.Batches(
-        [(source, [7, 1]) for source, _ in batches.examples], batches.tokens, batches.pad_id, batches.seed))
+    def relabel(teacher, batches, args, folder=None):
+        labelled.append(folder and folder.name)
+        return train.Batches([(source, [7, 1]) for source, _ in batches.examples], batches.tokens, batches.pad_id,
+                             batches.seed)
+    monkeypatch.setattr(train, "relabel", relabel)
     monkeypatch.setattr(train, "train_student", student)
     monkeypatch.setattr(train, "train_modules", training)
     train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(tmp_path / "run"), "--targets", targets,
                 "--baselines", "sft:1+1,kd:1+1,pseudo:1+1,theseus:1+1"])
-    assert learnt == {"teacher": "data", "bank": targets, "sft 1+1": "data", "kd 1+1": targets,
-                      "pseudo 1+1": "teacher", "theseus 1+1": "data"}, "the bank and KD alike; others by their names"
-    assert distilled == ["kd 1+1"], "of the students KD alone has the teacher in its loss"
+    assert learnt == {"teacher": "data", "self-distillation": "teacher", "bank": targets, "sft 1+1": "data",
+                      "kd 1+1": targets, "pseudo 1+1": "teacher", "theseus 1+1": "data"}, \
+        "the bank and KD alike; others by their names"
+    assert distilled == ["self-distillation", "kd 1+1"], "of the students KD alone has the teacher in its loss"
+    assert labelled == ["first-teacher", None], "what the first teacher writes is not what the second does"
     assert rising == {"theseus 1+1": 0.3}, "Theseus alone, not calibrated, takes longer over the teacher's layers"
 
 
@@ -532,9 +544,9 @@ class Killed(BaseException):
 
 
 def test_resume_ends_bitwise_where_an_uninterrupted_run_does(finished, files, tmp_path, monkeypatch):
-    """One run, killed in the teacher's training, in the bank's and in a baseline's, and taken up again each time."""
+    """One run, killed in both stages of the teacher's training, in the bank's and in a baseline's, and taken up."""
     out, fit = tmp_path / "run", distill.fit
-    kills = [("teacher", 3), ("bank", 2), ("kd 3+2", 3)]
+    kills = [("teacher", 3), ("self-distillation", 2), ("bank", 2), ("kd 3+2", 3)]
 
     def killing_fit(*args, log=None, **kwargs):
         def killing_log(record):
@@ -561,10 +573,33 @@ def test_resume_ends_bitwise_where_an_uninterrupted_run_does(finished, files, tm
 def test_teacher_folder_is_taken_with_its_tokenizer(finished, files, tmp_path):
     out = tmp_path / "run"
     arguments = [*data_args(files), *SMALL, "--teacher", str(finished / "teacher"), "--out", str(out)]
-    assert train.main([*arguments, "--teacher-steps", "0", "--granularities", "3"]) == 0
+    assert train.main([*arguments, "--teacher-steps", "0", "--self-distill-steps", "0",
+                       "--granularities", "3"]) == 0
     assert (out / "teacher/model.safetensors").read_bytes() == (finished / "teacher/model.safetensors").read_bytes(), \
         "with 0 teacher steps the teacher is taken as it is"
     assert (out / "spiece.model").read_bytes() == (finished / "spiece.model").read_bytes()
+
+
+def test_a_teacher_learns_from_itself(finished, files, tmp_path):
+    """First as without --self-distill-steps; then as a KD student of its own size, on its own outputs."""
+    out = tmp_path / "run"
+    assert train.main([*data_args(files), *SMALL, "--out", str(out), "--metric", "exact", "--self-distill-steps", "0",
+                       "--granularities", "6"]) == 0
+    assert not (out / "first-teacher").exists()
+    first = read_safetensors(finished / "first-teacher/model.safetensors")
+    for name, tensor in read_safetensors(out / "teacher/model.safetensors").items():
+        assert torch.equal(tensor, first[name]), "what it was before"
+
+    args = train.parse_args(["--resume", "--out", str(finished), "--device", "cpu"])
+    teacher, tokenizer = load_t5(finished / "first-teacher"), Tokenizer(finished)
+    pairs = encode_pairs(tokenizer, train.read_data(args)["train"], args.max_length)[0]
+    batches = Batches(pairs, args.batch_tokens, tokenizer.pad_id, 0)
+    own = train.relabel(teacher, batches, args, finished / "first-teacher")
+    student = train.shrink(teacher, 6, 6)
+    distill.train_student(student, own, 4, teacher, lr=args.lr)
+    again = load_t5(finished / "teacher").state_dict()
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, again[name]), "all losses, the students' rate, dropout"
 
 
 def bad(name, edit=None, *extra, says=()):
@@ -741,7 +776,7 @@ def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, 
         monkeypatch.setattr(train, "show_sample", lambda *_: None)
         monkeypatch.setattr(train.T5, "generate", full)
         err = fails(files, tmp_path / "run", capsys, "--num-beams", "3",
-                    *(["--targets", "data"] if where == "scoring" else []))
+                    *(["--targets", "data", "--self-distill-steps", "0"] if where == "scoring" else []))
     assert all(word in err for word in words), err
 
 
