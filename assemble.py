@@ -204,7 +204,7 @@ def layer_seconds(teacher, source, tokens=24, rounds=5):
     shapes = sorted({(e, d) for e in (1, n["encoder"]) for d in (1, n["decoder"])})
     models = [with_layers(teacher, {"encoder": teacher.encoder.layers[:e], "decoder": teacher.decoder.layers[:d]})
               for e, d in shapes]
-    with quick_products():  # one for all rounds: its copies are made in the first, which does not count
+    with quick_products():  # copies are made in the first two rounds: one does not count, one the median leaves out
         times = [[seconds(model, source, tokens) for model in models] for _ in range(rounds + 1)][1:]
     median = torch.tensor(times, dtype=torch.float64).median(0).values
     rows = torch.tensor([(1.0, e, d) for e, d in shapes], dtype=torch.float64) / median[:, None]
@@ -328,7 +328,7 @@ def seconds(model, source, tokens):
 def speedup(teacher, model, source, tokens=24, rounds=7):
     """How many times faster `model` generates than `teacher`: the ratio of median times over `rounds` rounds, in
     which the two take turns, on `source` (B, S), for the same number of tokens. Both in eval mode on one device."""
-    with quick_products():  # one for all rounds: its copies are made in the first, which does not count
+    with quick_products():  # copies are made in the first two rounds: one does not count, one the median leaves out
         times = [(seconds(teacher, source, tokens), seconds(model, source, tokens)) for _ in range(rounds + 1)][1:]
     return statistics.median(t for t, _ in times) / statistics.median(m for _, m in times)
 

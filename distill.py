@@ -7,7 +7,8 @@ Every way of training here is the same step with more or less in it:
     KD            a fixed smaller student, all of it trains, all four losses (https://arxiv.org/abs/1503.02531)
     SFT           shrink and fine-tune: the same student, cross-entropy alone (https://arxiv.org/abs/2010.13002)
     pseudo-labels SFT on the teacher's own outputs
-    the teacher   fine-tuning or training from scratch: a "student" with all the layers and cross-entropy alone
+    the teacher   fine-tuning or training from scratch: a "student" with all the layers and cross-entropy alone; then
+                  self-distillation: KD with all the layers (https://arxiv.org/abs/1805.04770)
 
 Before the first step, `calibrate` fits modules to their spans in closed form.
 

@@ -116,7 +116,9 @@ QUICK = threading.local()  # .copies, in a block of `quick_products` of this thr
 
 
 def linear(x, weight):
-    """x W^T: (..., n) and (m, n) -> (..., m). In a block of `quick_products`, which says why, with a copy of W."""
+    """x W^T: (..., n) and (m, n) -> (..., m). In a block of `quick_products`, which says why, with a copy of W: not of
+    small ones, which are fast anyway, nor where something learns, whose gradient a copy would hide, nor under autocast,
+    which chooses the type."""
     copies = getattr(QUICK, "copies", None)
     if (copies is None or weight.numel() < 1 << 16 or weight.device.type != "cpu" or weight.dtype not in onednn_dtypes()
             or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
@@ -131,7 +133,7 @@ def linear(x, weight):
 
 @functools.cache
 def onednn_dtypes():
-    """What oneDNN multiplies on this processor: float32, and bfloat16 where there are instructions for it."""
+    """What torch lets oneDNN multiply on this processor: float32, and bfloat16, on x86 where it has AVX-512."""
     if not torch.backends.mkldnn.is_available():
         return ()
     return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
@@ -139,15 +141,15 @@ def onednn_dtypes():
 
 @contextmanager
 def quick_products():
-    """In the block, products of few rows with large matrices are two to three times as fast on a CPU.
+    """In the block, products with large matrices are two to three times as fast on a CPU.
 
     Generation reads all weights for every token, and torch's own products are far from the memory's speed: where it
     gives 70 GB/s (2 cores, AMD), they read float32 weights at 17 for one row and at 6 for 32, bfloat16 weights at 24
-    and 13. oneDNN, of copies of the matrices in its own format, reads them at 48 and 14, bfloat16 at 68 and 22: what
-    torch.compile calls, too. A copy is made when a matrix is used for the second time, as most of an encoder is not in
-    the translation of one sentence, and kept to the end of the block: as much memory as the weights, and the time of
-    some tokens. `generate` has a block of its own; who calls it again and again puts one around it all. In a block the
-    weights must not change.
+    and 13. From copies in its own format oneDNN reads them at 48 and 14, bfloat16 at 68 and 22. torch.compile calls the
+    same two functions of it; they have no public name, so torch's version is pinned. A copy is made when a matrix is
+    used for the second time (an encoder's is used once a sentence) and kept to the end of the block: as much memory as
+    the weights, and the time of some tokens. `generate` has a block of its own; whoever calls it many times puts one
+    around all calls. In a block the weights must not change.
     """
     before = getattr(QUICK, "copies", None)
     QUICK.copies = {} if before is None else before

@@ -90,7 +90,7 @@ def parse_args(argv):
     p.add_argument("--steps", type=int, help="steps for the bank, and for each baseline")
     p.add_argument("--teacher-lr", type=float,
                    help="peak learning rate of the teacher, as a share of each tensor's size")
-    p.add_argument("--lr", type=float, help="the same of the bank and the baselines")
+    p.add_argument("--lr", type=float, help="the same of self-distillation, the bank and the baselines")
     p.add_argument("--granularities", type=span_lengths,
                    help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
     p.add_argument("--targets", choices=["data", "teacher"], help="what the bank and KD students learn to write: the "
@@ -319,15 +319,17 @@ def start_run(args, pairs):
     """Make the run folder, or check the one to resume. Returns the teacher, trained or yet to train, and the tokenizer.
     Raises ValueError if there is a run in the folder and --resume was not given: nothing is overwritten."""
     out, teacher = args.out, None
-    if not args.resume and any((out / name).exists() for name in ("args.json", "teacher", "checkpoint.pt")):
+    if not args.resume and any((out / name).exists() for name in ("args.json", "first-teacher", "teacher",
+                                                                  "checkpoint.pt")):
         raise ValueError(f"{out}: holds a run already: go on with --resume, or choose another --out")
     for name in ("bank.safetensors", "pseudo.json", "baselines", "results.json"):  # all made after the teacher
         if (out / name).exists() and not (out / "teacher").exists():
             raise ValueError(f"{out / name}: of a teacher that is no longer there: remove it, too")
     if args.resume:
         tokenizer = Tokenizer(out)
-    if (out / "teacher").exists():
-        teacher = load_t5(out / "teacher")
+    trained = [out / name for name in ("teacher", "first-teacher") if (out / name).exists()]
+    if trained:
+        teacher = load_t5(trained[0])
     elif args.teacher:
         folder = find_t5(args.teacher)
         teacher, tokenizer = load_t5(folder), Tokenizer(folder)
@@ -390,23 +392,22 @@ def check_plan(args, encoder, decoder):
 
 
 def train_teacher(teacher, batches, args, loop, first):
-    """Train the teacher, or fine-tune it, on the pairs. With --self-distill-steps it then learns once more, from what
-    it was, as a KD student of its own size (born-again networks, https://arxiv.org/abs/1805.04770): dropout makes it
-    better than its targets, where a bank, without dropout, imitates. first-teacher/ keeps what it was."""
+    """Train the teacher, or fine-tune it, on the pairs. With --self-distill-steps it then trains once more, as a KD
+    student of its own size whose teacher is a frozen copy of itself (born-again networks,
+    https://arxiv.org/abs/1805.04770). With dropout a student may become better than its teacher; a bank trains without,
+    so the better one has to be there before. first-teacher/ keeps the model between the two, with its outputs.
+    loop: the options of `fit`; first: does this process write files?"""
     folder = args.out / ("first-teacher" if args.self_distill_steps else "teacher")
-    if folder.exists():
-        teacher.load_state_dict(load_t5(folder).state_dict())
-    else:
+    if not folder.exists():
         say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")
         train_student(teacher, batches, args.teacher_steps, lr=args.teacher_lr, name="teacher", **loop)
         if first:
             export(teacher, args.out / "spiece.model", folder)
     if args.self_distill_steps:
-        own_teacher = copy.deepcopy(teacher)
-        targets = relabel(own_teacher, batches, args, folder)
-        say(f"the teacher learns from itself: {args.self_distill_steps} steps")
-        train_student(teacher, targets, args.self_distill_steps, own_teacher, lr=args.lr, name="self-distillation",
-                      **loop)
+        say(f"self-distillation: the teacher learns from its own outputs, {args.self_distill_steps} steps")
+        itself = copy.deepcopy(teacher)
+        train_student(teacher, relabel(itself, batches, args, folder), args.self_distill_steps, itself, lr=args.lr,
+                      name="self-distillation", **loop)
         if first:
             export(teacher, args.out / "spiece.model", args.out / "teacher")
 

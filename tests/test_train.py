@@ -563,7 +563,8 @@ def test_resume_ends_bitwise_where_an_uninterrupted_run_does(finished, files, tm
         assert (out / "checkpoint.pt").exists(), "the kill left a checkpoint"
         arguments = ["--resume", "--out", str(out)]
     assert train.main(arguments) == 0
-    for name in ("teacher/model.safetensors", "bank.safetensors", "baselines/kd-3+2/model.safetensors"):
+    for name in ("first-teacher/pseudo.json", "teacher/model.safetensors", "bank.safetensors",
+                 "baselines/kd-3+2/model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), f"{name}: resumed = uninterrupted, bitwise"
     scores = [{name: row["exact"] for name, row in json.loads((folder / "results.json").read_text())["rows"].items()}
               for folder in (out, finished)]
@@ -594,7 +595,8 @@ def test_a_teacher_learns_from_itself(finished, files, tmp_path):
     teacher, tokenizer = load_t5(finished / "first-teacher"), Tokenizer(finished)
     pairs = encode_pairs(tokenizer, train.read_data(args)["train"], args.max_length)[0]
     batches = Batches(pairs, args.batch_tokens, tokenizer.pad_id, 0)
-    own = train.relabel(teacher, batches, args, finished / "first-teacher")
+    own = train.relabel(teacher, batches, args, tmp_path)
+    assert read_json(tmp_path / "pseudo.json") == read_json(finished / "first-teacher/pseudo.json")
     student = train.shrink(teacher, 6, 6)
     distill.train_student(student, own, 4, teacher, lr=args.lr)
     again = load_t5(finished / "teacher").state_dict()
@@ -667,7 +669,7 @@ def test_resume_without_a_run_is_one_line(tmp_path, capsys, left):
     assert "run: holds no run to go on with: begin one without --resume\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ("teacher", "checkpoint.pt"))
+@pytest.mark.parametrize("name", ("first-teacher", "teacher", "checkpoint.pt"))
 def test_a_run_without_its_settings_is_not_taken_for_a_new_one(files, tmp_path, capsys, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     assert train.main([*data_args(files), *SMALL, "--out", str(tmp_path / "run")]) == 2
