@@ -278,8 +278,8 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
 
 def train_student(student, batches, steps, teacher=None, seed=0, weights=None, **loop):
     """Train all of a plain T5, with dropout. With a teacher: distillation, the student's layers spread evenly over the
-    teacher's. Without: shrink-and-fine-tune, pseudo-labels, or the teacher itself. weights: by default WEIGHTS with a
-    teacher, else CE_ONLY. **loop goes to `fit`."""
+    teacher's, or one for one where it distills itself. Without: shrink-and-fine-tune, pseudo-labels, or the teacher.
+    weights: by default WEIGHTS with a teacher, else CE_ONLY. **loop goes to `fit`."""
     weights = weights or (WEIGHTS if teacher is not None else CE_ONLY)
     student.train().requires_grad_(True)
     paths = None
