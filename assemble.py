@@ -195,6 +195,7 @@ def read_damages(run, teacher, bank, batches):
         raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
 
 
+@quick_products()  # copies are made in the first two rounds: one does not count, one the median leaves out
 def layer_seconds(teacher, source, tokens=24, rounds=5):
     """(fixed, one encoder layer, one decoder layer): seconds of generating `tokens` positions for `source`, none below
     0, fitted to the measured times of four depths. The errors' squares are summed as shares of the times, or the
@@ -204,8 +205,7 @@ def layer_seconds(teacher, source, tokens=24, rounds=5):
     shapes = sorted({(e, d) for e in (1, n["encoder"]) for d in (1, n["decoder"])})
     models = [with_layers(teacher, {"encoder": teacher.encoder.layers[:e], "decoder": teacher.decoder.layers[:d]})
               for e, d in shapes]
-    with quick_products():  # copies are made in the first two rounds: one does not count, one the median leaves out
-        times = [[seconds(model, source, tokens) for model in models] for _ in range(rounds + 1)][1:]
+    times = [[seconds(model, source, tokens) for model in models] for _ in range(rounds + 1)][1:]
     median = torch.tensor(times, dtype=torch.float64).median(0).values
     rows = torch.tensor([(1.0, e, d) for e, d in shapes], dtype=torch.float64) / median[:, None]
     return torch.linalg.lstsq(rows, torch.ones_like(median), driver="gelsd").solution.clamp(min=0).tolist()
@@ -310,26 +310,26 @@ def possible_speedup(teacher, model, tokens=24):
 
 
 @torch.inference_mode()
+@quick_products()
 def seconds(model, source, tokens):
     """Seconds to encode `source` (B, S) and decode `tokens` positions greedily, never stopping early."""
     mask, token = source != model.config.pad_token_id, source.new_zeros(len(source), 1)
     wait = partial(torch.cuda.synchronize, source.device) if source.is_cuda else lambda: None
     wait()
     start = time.perf_counter()
-    with quick_products():
-        memory = model.encode(source).hidden
-        cache = Cache(model, memory, mask, tokens)
-        for _ in range(tokens):
-            token = model.logits(model.decode(token, None, None, cache=cache).hidden).argmax(-1)
+    memory = model.encode(source).hidden
+    cache = Cache(model, memory, mask, tokens)
+    for _ in range(tokens):
+        token = model.logits(model.decode(token, None, None, cache=cache).hidden).argmax(-1)
     wait()
     return time.perf_counter() - start
 
 
+@quick_products()  # as in `layer_seconds`
 def speedup(teacher, model, source, tokens=24, rounds=7):
     """How many times faster `model` generates than `teacher`: the ratio of median times over `rounds` rounds, in
     which the two take turns, on `source` (B, S), for the same number of tokens. Both in eval mode on one device."""
-    with quick_products():  # copies are made in the first two rounds: one does not count, one the median leaves out
-        times = [(seconds(teacher, source, tokens), seconds(model, source, tokens)) for _ in range(rounds + 1)][1:]
+    times = [(seconds(teacher, source, tokens), seconds(model, source, tokens)) for _ in range(rounds + 1)][1:]
     return statistics.median(t for t, _ in times) / statistics.median(m for _, m in times)
 
 

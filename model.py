@@ -148,8 +148,9 @@ def quick_products():
     and 13. From copies in its own format oneDNN reads them at 48 and 14, bfloat16 at 68 and 22. torch.compile calls the
     same two functions of it; they have no public name, so torch's version is pinned. A copy is made when a matrix is
     used for the second time (an encoder's is used once a sentence) and kept to the end of the block: as much memory as
-    the weights, and the time of some tokens. `generate` has a block of its own; whoever calls it many times puts one
-    around all calls. In a block the weights must not change.
+    the weights, and the time of some tokens. `generate` is a block of its own; whoever calls it many times puts one
+    around all calls, `with quick_products():`, or `@quick_products()` for a whole function. In a block the weights must
+    not change.
     """
     before = getattr(QUICK, "copies", None)
     QUICK.copies = {} if before is None else before
@@ -441,6 +442,7 @@ class T5(nn.Module):
     # ---- generation
 
     @torch.no_grad()  # not inference_mode: its ids could not be trained on, as pseudo-labels are
+    @quick_products()
     def generate(self, input_ids, max_new_tokens=64, num_beams=1, length_penalty=1.0):
         """(B, S) token ids -> (B, <= max_new_tokens) ids without the start token, pad after eos.
 
@@ -453,12 +455,11 @@ class T5(nn.Module):
         mask, training = input_ids != self.config.pad_token_id, self.training
         self.eval()
         try:
-            with quick_products():
-                memory = self.encode(input_ids).hidden
-                if num_beams == 1:
-                    output = self._greedy(memory, mask, max_new_tokens)
-                else:
-                    output = self._beam_search(memory, mask, max_new_tokens, num_beams, length_penalty)
+            memory = self.encode(input_ids).hidden
+            if num_beams == 1:
+                output = self._greedy(memory, mask, max_new_tokens)
+            else:
+                output = self._beam_search(memory, mask, max_new_tokens, num_beams, length_penalty)
         finally:
             self.train(training)
         used = (output != self.config.pad_token_id).any(0)  # columns: a model may emit pad before its eos, too
@@ -895,6 +896,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @command_line
+@quick_products()  # one block for all lines
 def main(argv):
     """One output line per input."""
     parser = Parser(description="Generate with a T5 folder.")
@@ -907,18 +909,17 @@ def main(argv):
     from data import Tokenizer  # here alone: the model itself knows no text
     folder = find_t5(args.model)
     model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
-    with quick_products():  # one for all lines
-        for n, line in enumerate(args.text or sys.stdin.buffer, start=1):
-            try:
-                ids = tokenizer.encode((line if args.text else line.decode()).rstrip("\r\n"))  # UTF-8 on every system
-            except UnicodeError:
-                raise ValueError(f"input {n}: not valid UTF-8") from None
-            if max(ids) >= model.config.vocab_size:
-                raise ValueError(f"{folder}: spiece.model has a token {max(ids)}, in input {n}; config.json has "
-                                 f"vocab_size {model.config.vocab_size}")
-            ids = torch.tensor([ids], device=args.device)
-            output = model.generate(ids, args.max_new_tokens, args.num_beams)
-            print(tokenizer.decode(output[0].tolist()), flush=True)
+    for n, line in enumerate(args.text or sys.stdin.buffer, start=1):
+        try:
+            ids = tokenizer.encode((line if args.text else line.decode()).rstrip("\r\n"))  # UTF-8 on every system
+        except UnicodeError:
+            raise ValueError(f"input {n}: not valid UTF-8") from None
+        if max(ids) >= model.config.vocab_size:
+            raise ValueError(f"{folder}: spiece.model has a token {max(ids)}, in input {n}; config.json has vocab_size "
+                             f"{model.config.vocab_size}")
+        ids = torch.tensor([ids], device=args.device)
+        output = model.generate(ids, args.max_new_tokens, args.num_beams)
+        print(tokenizer.decode(output[0].tolist()), flush=True)
 
 
 if __name__ == "__main__":

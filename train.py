@@ -468,19 +468,19 @@ def relabel(teacher, batches, args, folder=None):
     return Batches(list(zip(sources, targets)), batches.tokens, batches.pad_id, batches.seed)
 
 
+@quick_products()
 def translate(model, sources, num_beams, args, name):
     """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     outputs, size = [None] * len(order), 64
-    with quick_products():
-        for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=processes()[0] > 0 or None):
-            rows = order[i:i + size]
-            ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
-            with memory_for(f"{name}: {num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
-                            f"--max-length"):
-                generated = model.generate(ids, args.max_length, num_beams).tolist()
-            for row, output in zip(rows, generated):
-                outputs[row] = [token for token in output if token != model.config.pad_token_id]
+    for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=processes()[0] > 0 or None):
+        rows = order[i:i + size]
+        ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
+        with memory_for(f"{name}: {num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
+                        f"--max-length"):
+            generated = model.generate(ids, args.max_length, num_beams).tolist()
+        for row, output in zip(rows, generated):
+            outputs[row] = [token for token in output if token != model.config.pad_token_id]
     return outputs
 
 
