@@ -313,14 +313,14 @@ def possible_speedup(teacher, model, tokens=24):
 @quick_products()
 def seconds(model, source, tokens):
     """Seconds to encode `source` (B, S) and decode `tokens` positions greedily, never stopping early."""
-    mask, token = source != model.config.pad_token_id, source.new_zeros(len(source), 1)
+    mask, token = source != model.config.pad_token_id, source.new_zeros(len(source))
     wait = partial(torch.cuda.synchronize, source.device) if source.is_cuda else lambda: None
     wait()
     start = time.perf_counter()
     memory = model.encode(source).hidden
     cache = Cache(model, memory, mask, tokens)
     for _ in range(tokens):
-        token = model.logits(model.decode(token, None, None, cache=cache).hidden).argmax(-1)
+        token = model.next_logits(token, cache).argmax(-1)
     wait()
     return time.perf_counter() - start
 

@@ -51,7 +51,7 @@ def logit_distillation(student, teacher):
 def hidden_distillation(student, teacher, mask):
     """L_hid = sum_n |s_n - t_n|^2 / sum_n |t_n|^2: the squared error as a share of the teacher's own size, so that
     early layers, whose states are small, count like late ones.  Two (B, T, d_model), mask (B, T) -> scalar."""
-    student, teacher = student[mask].float(), teacher[mask].float()
+    student, teacher = (states.float() * mask[..., None] for states in (student, teacher))
     return (student - teacher).square().sum() / over_processes(teacher.square().sum(), teacher)
 
 
@@ -61,9 +61,9 @@ def attention_distillation(student, teacher, mask):
     Two (B, H, T, K) probabilities, mask (B, T) of the query tokens -> scalar. Keys that the mask hides have
     probability 0 in both and add nothing; 1e-9 keeps the logarithm finite where only the student's underflows.
     """
-    student, teacher = (p.transpose(1, 2)[mask].float() for p in (student, teacher))      # (N, H, K)
-    total = (teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())).sum()
-    return total / (over_processes(len(teacher), teacher) * teacher.size(1))
+    student, teacher = student.float(), teacher.float()
+    total = (mask[:, None, :, None] * teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())).sum()
+    return total / (over_processes(mask.sum(), teacher) * teacher.size(1))
 
 
 def processes():
@@ -113,13 +113,16 @@ def run_teacher(teacher, source, target, weights):
     return run_stacks(teacher, source, target, probs="attention" in weights)
 
 
-def some_rows(outputs, rows, real):
-    """What `run_stacks` gave, of the rows (ascending indices) alone. real (B, T): where the whole batch has tokens."""
-    tokens = torch.zeros_like(real)
+def some_rows(outputs, rows, real, paths):
+    """What `run_stacks` gave, of the rows (ascending indices) alone, and of a layer only where a span of `paths` ends
+    there. real (B, T): where the whole batch has tokens."""
+    tokens, few = torch.zeros_like(real), {}
     tokens[rows] = True
-    few = {stack: StackOutput(outputs[stack].hidden[rows], [state[rows] for state in outputs[stack].states],
-                              [[p if p is None else p[rows] for p in probs] for probs in outputs[stack].probs])
-           for stack in STACKS}
+    for stack in STACKS:
+        ends, (hidden, states, probs) = [stop - 1 for _, stop in paths[stack]], outputs[stack]
+        few[stack] = StackOutput(hidden[rows], [states[i][rows] if i in ends else None for i in range(len(states))],
+                                 [[p if p is None else p[rows] for p in probs[i]] if i in ends else None
+                                  for i in range(len(probs))])
     return {**few, "log_probs": outputs["log_probs"][tokens[real]]}
 
 
@@ -264,7 +267,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
             encoder_g = rng.choices(list(grains["encoder"]), weights=list(grains["encoder"]))[0]
             spans = {"encoder": grains["encoder"][encoder_g], "decoder": grains["decoder"][g]}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
-            few = theirs and some_rows(theirs, rows, target != teacher.config.pad_token_id)
+            few = theirs and some_rows(theirs, rows, target != teacher.config.pad_token_id, paths)
             terms = losses(bank.frame, source[rows], target[rows], weights, few, bank.layers(teacher, paths), paths)
             for term, value in terms.items():
                 total[term] = total.get(term, 0.0) + value / len(grains["decoder"])

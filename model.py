@@ -79,9 +79,12 @@ class RMSNorm(nn.Module):
 def dropout(x, rate, training):
     """Zero a share `rate` of x and scale up the rest, so that the expectation stays.
 
-    One random byte an element, not one float: on a CPU the usual mask costs a third of a small model's training
-    step. The rate is rounded to 1/256, and the scale is that of the rounded rate.
+    On a CPU one random byte an element, not one float: the usual mask costs a third of a small model's training step
+    there. The rate is rounded to 1/256, and the scale is that of the rounded rate. Elsewhere torch has one kernel for
+    it.
     """
+    if not x.is_cpu:
+        return F.dropout(x, rate, training)
     cut = min(255, round(rate * 256))
     if not training or cut == 0:
         return x
@@ -253,7 +256,8 @@ class DecoderLayer(EncoderLayer):
         self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config)
 
     def forward(self, x, bias, memory, memory_bias, need_probs=False, cache=None):
-        """x (B, T, d_model), bias (1, H, T, K), memory (B, S, d_model), memory_bias (B, 1, 1, S), cache: LayerCache.
+        """x (B, T, d_model), bias (1, H, T, K), memory (B, S, d_model), memory_bias (B, 1, 1, S), cache: None, or a
+        LayerCache with the positions (T,) of x and K.
 
         Returns x and the (self, cross) attention probabilities, None where not asked for. With a cache, x holds only
         the new positions, K counts the earlier ones too, and memory is not read: its keys are in the cache, once for
@@ -262,7 +266,8 @@ class DecoderLayer(EncoderLayer):
         h = self.self_norm(x)
         keys, values = self.self_attention.keys_values(h)
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            cache, *place = cache
+            keys, values = cache.append(keys, values, *place)
         h, self_probs = self.self_attention(h, keys, values, bias, need_probs)
         x = x + dropout(h, self.rate, self.training)
         h = self.cross_norm(x)
@@ -302,7 +307,8 @@ class Stack(nn.Module):
         """x (B, T, d_model) through `layers`, or the stack's own for None, then the norm -> StackOutput."""
         states, probs = [], []
         for i, layer in enumerate(self.layers if layers is None else layers):
-            x, p = layer(x, *inputs, need_probs, *([cache.layers[i]] if cache else []))
+            own = [(cache.layers[i], cache.positions, cache.visible)] if cache else []
+            x, p = layer(x, *inputs, need_probs, *own)
             states.append(x)
             probs.append(p)
         return StackOutput(dropout(self.norm(x), self.rate, self.training), states, probs)
@@ -322,36 +328,73 @@ class StackOutput(NamedTuple):
 
 
 class LayerCache:
-    """Keys and values of one decoder layer: its own, appended step by step, of `beams` rows for each of the memory's,
+    """Keys and values of one decoder layer: its own, put in step by step, of `beams` rows for each of the memory's,
     and the memory's, computed once."""
     def __init__(self, layer, memory, max_length, beams=1):
         self.cross = layer.cross_attention.keys_values(memory)
         B, H, _, d_kv = self.cross[0].shape
-        self.keys, self.length = self.cross[0].new_empty(B * beams, H, max_length, d_kv), 0
-        self.values = torch.empty_like(self.keys)
+        self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)
+        self.values = torch.zeros_like(self.keys)
 
-    def append(self, keys, values):
-        """Take (B, H, T, d_kv) new keys and values, return all (B, H, length, d_kv) so far."""
-        start, self.length = self.length, self.length + keys.size(2)
-        self.keys[:, :, start:self.length] = keys
-        self.values[:, :, start:self.length] = values
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+    def append(self, keys, values, positions, visible):
+        """Put (B, H, T, d_kv) new keys and values at `positions` (T,), return those of the first `visible`, (B, H,
+        visible, d_kv)."""
+        self.keys.index_copy_(2, positions, keys)
+        self.values.index_copy_(2, positions, values)
+        return self.keys[:, :, :visible], self.values[:, :, :visible]
 
 
 class Cache:
     """What decoding one more position needs of the earlier ones and of the memory: each layer's keys and values, and
-    the two biases, which stay the same."""
+    the two biases, which stay the same; and which position that is, `positions` (1,) of `length`."""
     def __init__(self, model, memory, memory_mask, max_length, beams=1):
         self.layers = [LayerCache(layer, memory, max_length, beams) for layer in model.decoder.layers]
-        self.beams = beams
+        self.beams, self.max_length = beams, max_length
+        self.length = self.visible = 0
+        self.positions = torch.zeros(1, dtype=torch.long, device=memory.device)
+        self.kind = self.graph = None  # of the CUDA graph of a step
         self.bias = model.decoder.position_bias(max_length)
         self.memory_bias = mask_out(memory.new_zeros(()), ~memory_mask[:, None, None, :])
+
+    def advance(self):
+        """Move on by a position. Of the keys only the `visible` first are read: all so far; where a CUDA graph needs
+        equal shapes in many steps, 64, 128, 256, ... of them, as the bias hides those to come."""
+        self.positions.fill_(self.length)  # in place: a CUDA graph reads it there
+        self.length += 1
+        self.visible = self.length
+        if self.positions.is_cuda:
+            self.visible = min(self.max_length, max(64, 1 << (self.length - 1).bit_length()))
+
+    def replay(self, run, token):
+        """run(token), by a CUDA graph: at the second step of a kind its kernels are recorded, and from then on replayed
+        in one call. There are some 40 in a layer, each of a few microseconds; Python takes longer to launch them.
+
+        A graph repeats the same kernels at the same addresses. So token and result have fixed places, `advance` and
+        `reorder` write in place, and another batch, or another number of visible keys, is another kind.
+        https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+        """
+        if self.kind != (len(token), self.visible):  # the first of its kind prepares the kernels, not allowed later
+            self.kind, self.graph = (len(token), self.visible), None
+            return run(token)
+        if self.graph is None:
+            self.graph, self.token = torch.cuda.CUDAGraph(), token.clone()
+            with torch.cuda.graph(self.graph):
+                self.logits = run(self.token)
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
 
     def reorder(self, rows):
         """Row i continues what row rows[i] began: beams that overtake each other within one sentence."""
         for layer in self.layers:
-            layer.keys[:, :, :layer.length] = layer.keys[rows, :, :layer.length]
-            layer.values[:, :, :layer.length] = layer.values[rows, :, :layer.length]
+            layer.keys[:, :, :self.length] = layer.keys[rows, :, :self.length]
+            layer.values[:, :, :self.length] = layer.values[rows, :, :self.length]
+
+    def worth_selecting(self, running):
+        """Should the sentences that have ended leave, if that number is running? On a GPU, where each batch is another
+        graph and a smaller one hardly faster, when it halves the batch."""
+        batch = len(self.memory_bias)
+        return running <= batch // 2 if self.positions.is_cuda else running < batch
 
     def select(self, running):
         """Keep only these sentences, a bool each: the others have ended."""
@@ -417,16 +460,14 @@ class T5(nn.Module):
         """(B, T) token ids, memory (B, S, d_model), memory_mask (B, S), True where a token is -> StackOutput.
 
         Padding on this side needs no mask: it comes after the tokens, and the mask is causal. With a `Cache` of the
-        model's own layers the T tokens follow those in the cache, and memory and memory_mask are not read.
+        model's own layers, moved on by `advance`, T is 1, and memory and memory_mask are not read.
         """
         x = dropout(self.embedding(decoder_input_ids), self.config.dropout_rate, self.training)
         if cache is None:
             bias = self.decoder.position_bias(decoder_input_ids.size(1))
             memory_bias = mask_out(x.new_zeros(()), ~memory_mask[:, None, None, :])
         else:
-            start = cache.layers[0].length
-            end = start + decoder_input_ids.size(1)
-            bias, memory_bias = cache.bias[:, :, start:end, :end], cache.memory_bias
+            bias, memory_bias = cache.bias[:, :, cache.positions, :cache.visible], cache.memory_bias
         return self.decoder.run(x, layers, bias, memory, memory_bias, need_probs=need_probs, cache=cache)
 
     def logits(self, hidden):
@@ -465,21 +506,31 @@ class T5(nn.Module):
         used = (output != self.config.pad_token_id).any(0)  # columns: a model may emit pad before its eos, too
         return output[:, :(used * torch.arange(1, max_new_tokens + 1, device=used.device)).max()]
 
+    def next_logits(self, token, cache):
+        """(B,) ids of the next position -> (B, vocab_size) logits of the one after. Moves the cache on."""
+        cache.advance()
+
+        def run(token):
+            """What a step computes."""
+            return self.logits(self.decode(token[:, None], None, None, cache=cache).hidden[:, 0])
+        return cache.replay(run, token) if token.is_cuda else run(token)
+
     def _greedy(self, memory, mask, n):
         c, cache = self.config, Cache(self, memory, mask, n)
-        rows = torch.arange(memory.size(0), device=memory.device)  # the sentences still running
+        rows = torch.arange(memory.size(0), device=memory.device)  # the sentences in the batch
+        running = torch.ones_like(rows, dtype=torch.bool)          # those that have not ended
         output = torch.full((len(rows), n), c.pad_token_id, device=memory.device)
         token = torch.full((len(rows),), c.decoder_start_token_id, device=memory.device)
         for t in range(n):
-            hidden = self.decode(token[:, None], None, None, cache=cache).hidden
-            token = self.logits(hidden[:, -1]).argmax(-1)
+            token = self.next_logits(token, cache).argmax(-1).where(running, c.pad_token_id)
             output[rows, t] = token
-            running = token != c.eos_token_id
-            if not running.all():
-                rows, token = rows[running], token[running]
-                if len(rows) == 0:
-                    break
+            running = running & (token != c.eos_token_id)
+            left = running.sum().item()
+            if left == 0:
+                break
+            if cache.worth_selecting(left):
                 cache.select(running)
+                rows, token, running = rows[running], token[running], running[running]
         return output
 
     def _beam_search(self, memory, mask, n, K, length_penalty):
@@ -496,17 +547,17 @@ class T5(nn.Module):
         score = torch.full((B, K), low, device=memory.device)
         score[:, 0] = 0.0                                          # all K prefixes are equal: expand one of them
         token = torch.full((B, K), c.decoder_start_token_id, device=memory.device)
+        running = torch.ones_like(rows, dtype=torch.bool)          # sentences that are not done
         for t in range(n):
             B = len(rows)
-            hidden = self.decode(token.view(B * K, 1), None, None, cache=cache).hidden
-            log_probs = F.log_softmax(self.logits(hidden[:, -1]).float(), dim=-1).view(B, K, -1)
+            log_probs = F.log_softmax(self.next_logits(token.flatten(), cache).float(), dim=-1).view(B, K, -1)
             best, index = (log_probs + score[..., None]).flatten(1).topk(2 * K)       # (B, 2K), sorted
             beam, token = index // log_probs.size(-1), index % log_probs.size(-1)
             candidate = prefix.gather(1, beam[..., None].expand(-1, -1, n))           # (B, 2K, n)
             candidate[:, :, t] = token
             ended = token == c.eos_token_id if t < n - 1 else torch.ones_like(token, dtype=torch.bool)
 
-            newly = best[:, :K] / (t + 1) ** length_penalty + ~ended[:, :K] * low
+            newly = best[:, :K] / (t + 1) ** length_penalty + ~(ended[:, :K] & running[:, None]) * low
             finished_score, keep = torch.cat([finished_score, newly], 1).topk(K)
             finished = torch.cat([finished, candidate[:, :K]], 1).gather(1, keep[..., None].expand(-1, -1, n))
 
@@ -515,14 +566,16 @@ class T5(nn.Module):
             token, beam = token.gather(1, keep), beam.gather(1, keep)
             cache.reorder((torch.arange(B, device=rows.device)[:, None] * K + beam).flatten())
 
-            running = score[:, 0] / (t + 1) ** length_penalty > finished_score[:, -1]
+            running = running & (score[:, 0] / (t + 1) ** length_penalty > finished_score[:, -1])
             output[rows] = finished[:, 0]
-            if t == n - 1 or not running.any():
+            left = running.sum().item()
+            if t == n - 1 or left == 0:
                 break
-            if not running.all():
+            if cache.worth_selecting(left):
+                cache.select(running)
                 rows, token, score, prefix = rows[running], token[running], score[running], prefix[running]
                 finished, finished_score = finished[running], finished_score[running]
-                cache.select(running)
+                running = running[running]
         return output
 
 

@@ -334,13 +334,13 @@ def test_seconds_decodes_all_tokens(monkeypatch):
     model, lengths, decode = tiny(), [], m.T5.decode
 
     def spy(self, token, *args, **kwargs):
-        lengths.append((token.shape, kwargs["cache"].layers[0].length))
+        lengths.append((token.shape, kwargs["cache"].length))
         assert (kwargs["cache"].memory_bias == 0).all(), "every token of the source is attended to, as none is padding"
         return decode(self, token, *args, **kwargs)
     monkeypatch.setattr(m.T5, "decode", spy)
     model.head.weight.data[1] = 1e3  # eos at once, for a search that stops
     assert a.seconds(model, ids(3, 5), 6) > 0
-    assert lengths == [((3, 1), i) for i in range(6)], "6 tokens, one a step, for each of 3 sentences: no early stop"
+    assert lengths == [((3, 1), i + 1) for i in range(6)], "6 tokens, one a step, for 3 sentences: no early stop"
 
 
 @pytest.mark.parametrize("strategy, wanted, shape", (("size-first", 2.0, (2, 3)), ("size-first", 1.2, (3, 5)),

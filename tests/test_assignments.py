@@ -71,7 +71,7 @@ EXERCISES = {
             Wrong("the mean square in 16 bit", "x32 = x.float()", "x32 = x", "square it in float32")]),
     "3 attention with a cache": Exercise(
         "model.py", {"Attention.forward": "(B, T, d_model), keys and values (B, H, K, d_kv), bias",
-                     "LayerCache.append": "new keys and values, return all"},
+                     "LayerCache.append": "new keys and values at `positions` (T,), return those"},
         "tests/test_model.py -k test_attention", [
             Wrong("scores divided by sqrt(d_kv)", "(queries @ keys.transpose(-1, -2)).float()",
                   "(queries @ keys.transpose(-1, -2)).float() / self.d_kv ** 0.5",
@@ -85,10 +85,12 @@ EXERCISES = {
                   "the bias is added to the scores"),
             Wrong("all heads mixed up", "x.unflatten(-1, (-1, self.d_kv)).transpose(1, 2)",
                   "x.unflatten(-1, (self.d_kv, -1)).permute(0, 3, 1, 2)", "head 0 sees numbers 0 and 1"),
-            Wrong("new keys overwrite the first position", "self.keys[:, :, start:self.length] = keys",
+            Wrong("new keys overwrite the first position", "self.keys.index_copy_(2, positions, keys)",
                   "self.keys[:, :, :keys.size(2)] = keys", "returns all 2, each in its place"),
-            Wrong("the cache's position off by one", "cache.bias[:, :, start:end, :end]",
-                  "cache.bias[:, :, start - 1:end - 1, :end] if start else cache.bias[:, :, :end, :end]",
+            Wrong("the cache shows all its room", "return self.keys[:, :, :visible], self.values[:, :, :visible]",
+                  "return self.keys, self.values", "returns all 1, each in its place"),
+            Wrong("the cache's position off by one", "cache.bias[:, :, cache.positions, :cache.visible]",
+                  "cache.bias[:, :, (cache.positions - 1).clamp(min=0), :cache.visible]",
                   "each with the position bias of its distance")]),
     "4 the names of a checkpoint": Exercise(
         "model.py", {"checkpoint_name": "its name in a checkpoint", "T5.logits": "d_model^-0.5"},
@@ -168,12 +170,12 @@ EXERCISES = {
             Wrong("divided by the batch, as batchmean does, not by its tokens",
                   "log_target=True) / over_processes(len(student), student)", "log_target=True) / 2",
                   "does not grow with their number"),
-            Wrong("padding in the hidden states", "student[mask].float(), teacher[mask].float()",
-                  "student.float(), teacher.float()", "of the real tokens"),
+            Wrong("padding in the hidden states", "states.float() * mask[..., None]", "states.float()",
+                  "of the real tokens"),
             Wrong("an absolute error", "/ over_processes(teacher.square().sum(), teacher)",
                   "/ over_processes(teacher.numel(), teacher)", "over the teacher's mean square"),
-            Wrong("attention's KL the wrong way round", "(teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())",
-                  "(student * ((student + 1e-9).log() - (teacher + 1e-9).log())", "KL(teacher || student)"),
+            Wrong("attention's KL the wrong way round", "teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())",
+                  "student * ((student + 1e-9).log() - (teacher + 1e-9).log())", "KL(teacher || student)"),
             Wrong("attention summed over the heads", " * teacher.size(1))", ")", "2 queries and 2 heads"),
             Wrong("log 0", "(student + 1e-9).log()", "student.log()", "must not make the loss infinite")]),
     "10 the replacing step": Exercise(
@@ -238,8 +240,8 @@ EXERCISES = {
             Wrong("K candidates, not 2K", ".topk(2 * K)", ".topk(K)", "draw 2K candidates"),
             Wrong("K equal beams at the start", "score[:, 0] = 0.0", "score[:] = 0.0", "expand one start, not two"),
             Wrong("the cache does not follow the beams", "cache.reorder(", "str(", "row i of the cache must follow"),
-            Wrong("stops at the first finished hypothesis", "running = score[:, 0] / (t + 1) ** length_penalty > "
-                  "finished_score[:, -1]", "running = finished_score[:, 0] <= low / 2",
+            Wrong("stops at the first finished hypothesis", "(score[:, 0] / (t + 1) ** length_penalty > "
+                  "finished_score[:, -1])", "(finished_score[:, 0] <= low / 2)",
                   "go on while the best running prefix")]),
 }
 

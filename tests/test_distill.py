@@ -364,7 +364,14 @@ def test_gradients_reach_the_bank_and_nothing_else(monkeypatch):
 def test_some_rows_are_what_the_teacher_makes_of_these_rows_alone():
     """One forward pass of the teacher serves all paths, each of which runs some rows of the batch."""
     teacher, rows = tiny(), torch.tensor([0, 2])
-    few = d.some_rows(states_of(teacher), rows, TARGET != 0)
+    layers = {stack: len(getattr(teacher, stack).layers) for stack in mod.STACKS}
+    every = {stack: [(i, i + 1) for i in range(n)] for stack, n in layers.items()}
+    few = d.some_rows(states_of(teacher), rows, TARGET != 0, every)
+    last = d.some_rows(states_of(teacher), rows, TARGET != 0, {stack: [(0, n)] for stack, n in layers.items()})
+    for stack in mod.STACKS:
+        *others, state = last[stack].states
+        assert torch.equal(state, few[stack].states[-1]) and others == [None] * (layers[stack] - 1), \
+            "of the layers in which no span ends, nothing is needed"
     alone = states_of(teacher, SOURCE[rows], TARGET[rows])
     for what, ours, theirs in (("log p", [few["log_probs"]], [alone["log_probs"]]), *(
             (f"{stack} {what}", *map(flat, (getattr(few[stack], what), getattr(alone[stack], what))))
@@ -395,7 +402,7 @@ def test_each_granularity_has_its_rows_of_every_batch(monkeypatch, granularities
         if theirs is not None:
             alone = d.run_teacher(teacher, source, target, weights)
             for ours, wanted in ((theirs["log_probs"], alone["log_probs"]), *(
-                    (theirs[stack].states[0], alone[stack].states[0]) for stack in mod.STACKS)):
+                    (theirs[stack].states[-1], alone[stack].states[-1]) for stack in mod.STACKS)):
                 torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4,
                                            msg="the teacher's outputs must be those of the rows that the path runs")
         lengths = [{b - a for a, b in paths[stack]} for stack in mod.STACKS]

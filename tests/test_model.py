@@ -32,6 +32,7 @@ import model as m  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("t5_tied", "t5_gated", "t5_asymmetric")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
 TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -286,16 +287,19 @@ def test_attention_has_heads():
 
 
 def test_attention_cache_by_hand():
-    """`append` takes the new keys and values and returns all of them so far, in order."""
+    """`append` takes the new keys and values and returns the first `visible`, in order."""
     layer, memory = tiny().decoder.layers[0], torch.randn(2, 5, 16)
     cache = m.LayerCache(layer, memory, max_length=4)
-    keys = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)  # (B, H, T, d_kv)
+    keys = torch.arange(1, 2 * 3 * 4 * 4 + 1, dtype=torch.float32).view(2, 3, 4, 4)  # (B, H, T, d_kv)
+    place = cache.keys.data_ptr(), cache.values.data_ptr()
     for start, stop in ((0, 1), (1, 2), (2, 4)):
         new = keys[:, :, start:stop], -keys[:, :, start:stop]
-        for found, all_so_far in zip(cache.append(*new), (keys[:, :, :stop], -keys[:, :, :stop])):
+        for found, all_so_far in zip(cache.append(*new, torch.arange(start, stop), stop),
+                                     (keys[:, :, :stop], -keys[:, :, :stop])):
             assert found.shape == all_so_far.shape and torch.equal(found, all_so_far), \
                 f"after {stop} positions the cache returns all {stop}, each in its place"
-        assert cache.length == stop, f"{stop} positions are in the cache: the next one has the number {stop}"
+    assert cache.append(*new, torch.arange(2, 4), 3)[1].shape == (2, 3, 3, 4), "of the 4 there, 3 are to be visible"
+    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == place, "written in place: a CUDA graph needs that"
 
 
 @torch.no_grad()
@@ -303,10 +307,12 @@ def test_beams_share_the_memory():
     """What the cache holds of the memory has one row for a sentence, however many beams; ended ones leave."""
     model, x = tiny(), padded([[5, 6, 7, 1], [8, 1]])
     cache = m.Cache(model, model.encode(x).hidden, x != 0, 5, beams=3)
+    cache.advance()
     hidden = model.decode(torch.zeros(6, 1, dtype=torch.long), None, None, cache=cache).hidden
     assert torch.allclose(hidden[:3], hidden[0].expand(3, -1, -1), atol=1e-6) and (hidden[2] != hidden[3]).any(), \
         "rows 0 to 2 are the first sentence's beams, rows 3 to 5 the second's"
     alone = m.Cache(model, model.encode(x).hidden, x != 0, 5)
+    alone.advance()
     alone = model.decode(torch.zeros(2, 1, dtype=torch.long), None, None, cache=alone).hidden
     assert torch.allclose(hidden[::3], alone, atol=1e-6), "each attends to its own sentence, with its own padding"
     cache.select(torch.tensor([False, True]))
@@ -318,14 +324,31 @@ def test_beams_share_the_memory():
 def test_attention_with_a_cache_is_the_one_without():
     model, x, y = tiny(), padded([[5, 6, 7, 1], [8, 1]]), padded([[2, 9, 4, 7, 5], [2, 3, 3, 6, 8]])
     memory = model.encode(x).hidden
-    at_once = model.decode(y, memory, x != 0).hidden
-    for sizes in ([1] * 5, [2, 1, 2]):
+    at_once = model.logits(model.decode(y, memory, x != 0).hidden)
+    for visible in (None, 5):  # as on a CPU; as in a CUDA graph, whose steps all see the room for later keys, too
         cache = m.Cache(model, memory, x != 0, 5)
-        parts = [model.decode(part, None, None, cache=cache).hidden for part in y.split(sizes, dim=1)]
-        for t, (found, expected) in enumerate(zip(torch.cat(parts, 1).unbind(1), at_once.unbind(1))):
-            assert torch.allclose(found, expected, atol=1e-5), \
+        cache.advance = lambda advance=cache.advance: (advance(), setattr(cache, "visible", visible or cache.visible))
+        for t in range(5):
+            assert torch.allclose(model.next_logits(y[:, t], cache), at_once[:, t], atol=1e-5), \
                 f"position {t}, with the earlier ones in the cache, must be what it is without a cache: it sees keys " \
                 f"0 to {t}, each with the position bias of its distance from {t}"
+
+
+@pytest.mark.parametrize("beams", (1, 3))
+def test_what_has_ended_leaves_the_batch(beams, monkeypatch):
+    """On a CPU at once, so that it costs nothing; as on a GPU, when it halves the batch. The ids are the same."""
+    model, expected = load("t5_asymmetric")
+    x, sizes, select, same = expected["input_ids"], [], m.Cache.select, "what has ended must not go on, nor change"
+    monkeypatch.setattr(m.Cache, "select", lambda *args: sizes.append(args[1].tolist()) or select(*args))
+    ids = trimmed(model.generate(x, 20, beams).tolist())
+    ends = sorted({len(row) for row in ids} - {20})
+    assert len(ends) > 1 and len(sizes) > 1 and all(0 < sum(size) < len(size) for size in sizes)
+    sizes.clear()
+    monkeypatch.setattr(m.Cache, "worth_selecting", lambda cache, running: running <= len(cache.memory_bias) // 2)
+    assert trimmed(model.generate(x, 20, beams).tolist()) == ids, same
+    assert sizes and all(sum(size) <= len(size) / 2 for size in sizes)
+    monkeypatch.setattr(m.Cache, "worth_selecting", lambda cache, running: False)
+    assert trimmed(model.generate(x, 20, beams).tolist()) == ids, same
 
 
 def test_dropout_rate_and_mean():
@@ -414,7 +437,61 @@ def test_a_model_in_16_bit_stays_close(dtype, bound):
     assert model.generate(expected["input_ids"], 4).shape[0] == len(expected["input_ids"])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+@NEEDS_CUDA
+@pytest.mark.parametrize("beams", (1, 3))
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_graphs_generate_what_the_cpu_does(name, beams, monkeypatch):
+    """Past 64 positions, where the graph sees more keys, with a batch that shrinks, and more than one call."""
+    model, expected = load(name)
+    x, replayed, replay = expected["input_ids"], [], m.Cache.replay
+
+    def spy(cache, run, token):
+        logits = replay(cache, run, token)
+        if cache.graph:
+            again = run(token)  # writes the same keys to the same places
+            torch.testing.assert_close(logits, again, rtol=1e-4, atol=1e-4)
+            replayed.append(cache.kind)
+        return logits
+    wanted = [model.generate(ids, 80, beams) for ids in (x, x[:2], x)]
+    monkeypatch.setattr(m.Cache, "replay", spy)
+    found = [model.cuda().generate(ids.cuda(), 80, beams).cpu() for ids in (x, x[:2], x)]
+    assert trimmed(found[0].tolist()) == trimmed(found[2].tolist()) == trimmed(wanted[0].tolist())
+    assert trimmed(found[1].tolist()) == trimmed(wanted[1].tolist())
+    assert {visible for _, visible in replayed} == {64, 80} and len({rows for rows, _ in replayed}) > 1, \
+        "most steps must be replayed, with room for 64 keys, then for 80, and fewer rows once half have ended"
+
+
+@NEEDS_CUDA
+def test_cuda_dropout_rate_and_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1000, device="cuda")
+    y = m.dropout(x, 0.1, training=True)
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=1e-3) and abs(y.mean().item() - 1) < 2e-3
+    assert m.dropout(x, 0.1, training=False) is x and m.dropout(x, 0.0, training=True).equal(x)
+
+
+@NEEDS_CUDA
+def test_cuda_float16_survives_a_large_wo():
+    """With T5's published weights `wo` passes 65,504, the largest float16: that product is taken in float32."""
+    model, expected = load("t5_tied")
+    for layer in model.decoder.layers:
+        layer.feed_forward.wi.weight.data *= 100
+        layer.feed_forward.wo.weight.data *= 1000
+    model, x, y = model.cuda(), expected["input_ids"].cuda(), expected["decoder_ids"].cuda()
+    with torch.no_grad():
+        wanted, peak, first = model(x, y), [], model.decoder.layers[0].feed_forward
+        hook = first.register_forward_hook(lambda *args: peak.append(args[2].abs().max()))
+        with torch.autocast("cuda", torch.float16):
+            found = model(x, y)
+        hook.remove()
+        half = model.half()(x, y)
+    assert peak[0] > 65504, "the test needs a sub-layer whose output no float16 can hold"
+    for logits in (found, half):
+        error = (logits.float() - wanted).norm() / wanted.norm()
+        assert logits.isfinite().all() and error < 0.05, f"float16 must stay finite, and close: {error:.3f}"
+
+
+@NEEDS_CUDA
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_cuda_computes_what_the_cpu_does(name):
