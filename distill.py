@@ -50,20 +50,24 @@ def logit_distillation(student, teacher):
 
 def hidden_distillation(student, teacher, mask):
     """L_hid = sum_n |s_n - t_n|^2 / sum_n |t_n|^2: the squared error as a share of the teacher's own size, so that
-    early layers, whose states are small, count like late ones.  Two (B, T, d_model), mask (B, T) -> scalar."""
+    early layers, whose states are small, count like late ones.
+
+    Two (L, B, T, d_model), the states after L layers, mask (B, T) -> (L,). All at once: on a GPU a small operation
+    takes as long as a large one."""
     student, teacher = (states.float() * mask[..., None] for states in (student, teacher))
-    return (student - teacher).square().sum() / over_processes(teacher.square().sum(), teacher)
+    return (student - teacher).square().sum((1, 2, 3)) / over_processes(teacher.square().sum((1, 2, 3)), teacher)
 
 
 def attention_distillation(student, teacher, mask):
     """L_att = 1/(N H) sum_n,h KL(a_teacher || a_student) of the distributions over keys.
 
-    Two (B, H, T, K) probabilities, mask (B, T) of the query tokens -> scalar. Keys that the mask hides have
-    probability 0 in both and add nothing; 1e-9 keeps the logarithm finite where only the student's underflows.
+    Two (L, B, H, T, K), the probabilities in L layers, mask (B, T) of the query tokens -> (L,). Keys that the mask
+    hides have probability 0 in both and add nothing; 1e-9 keeps the logarithm finite where only the student's
+    underflows.
     """
     student, teacher = student.float(), teacher.float()
-    total = (mask[:, None, :, None] * teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())).sum()
-    return total / (over_processes(mask.sum(), teacher) * teacher.size(1))
+    each = mask[:, None, :, None] * teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())
+    return each.sum((1, 2, 3, 4)) / (over_processes(mask.sum(), teacher) * teacher.size(2))
 
 
 def processes():
@@ -142,13 +146,14 @@ def losses(student, source, target, weights, theirs=None, layers=None, paths=Non
         terms["logits"] = logit_distillation(ours["log_probs"], theirs["log_probs"])
         hidden, attention = [], []
         for stack in STACKS:
-            for i, (_, stop) in enumerate(paths[stack]):
-                hidden.append(hidden_distillation(ours[stack].states[i], theirs[stack].states[stop - 1], masks[stack]))
-                for s, t in zip(ours[stack].probs[i], theirs[stack].probs[stop - 1]) if probs else ():
-                    attention.append(attention_distillation(s, t, masks[stack]))
-        terms["hidden"] = torch.stack(hidden).mean()
+            mine, last = ours[stack], [stop - 1 for _, stop in paths[stack]]
+            states = torch.stack(mine.states), torch.stack([theirs[stack].states[i] for i in last])
+            hidden.append(hidden_distillation(*states, masks[stack]))
+            for s, t in zip(zip(*mine.probs), zip(*(theirs[stack].probs[i] for i in last))) if probs else ():
+                attention.append(attention_distillation(torch.stack(s), torch.stack(t), masks[stack]))
+        terms["hidden"] = torch.cat(hidden).mean()
         if attention:
-            terms["attention"] = torch.stack(attention).mean()
+            terms["attention"] = torch.cat(attention).mean()
     return {term: value for term, value in terms.items() if term in weights}
 
 

@@ -61,7 +61,8 @@ class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (https://arxiv.org/abs/1910.07467).
 
     No mean is subtracted and no bias added. The mean square is taken in float32: in 16 bit it loses digits. y has the
-    weight's dtype: in a float16 model x is float32 from the first `wo` on (see `FeedForward`).
+    weight's dtype: in a float16 model x is float32 from the first `wo` on (see `FeedForward`). On a GPU torch has one
+    kernel for it, in place of seven, which take longer to launch than to run; tests check that they agree.
     """
     def __init__(self, config):
         super().__init__()
@@ -71,7 +72,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         """(..., d_model) -> the same shape."""
         x32 = x.float()
-        y = self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype)
+        if x.is_cuda:
+            y = F.rms_norm(x32, self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
+        else:
+            y = self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype)
         # Under autocast several matrices read y: rounded here it is rounded once, not once for each of them.
         return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
 
