@@ -7,7 +7,8 @@
     python tests/bench_quality.py RUN little --steps 235     # fewer of them, from 1,000, 3,000, 10,000 and all pairs
     python tests/bench_quality.py RUN ablations --steps 470  # one thing changed at a time, on the validation pairs
     python tests/bench_quality.py RUN tuned                  # assemblies distilled alone for a tenth of the steps more
-    python tests/bench_quality.py RUN speed                  # speed-ups of main's models, when nothing else runs
+    python tests/bench_quality.py RUN speed                  # speed-ups of main's models, when nothing else runs, on
+                                                             # the GPU if there is one (CUDA_VISIBLE_DEVICES= hides it)
     python tests/bench_quality.py RUN teacher                # Hugging Face's T5 instead of ours (needs transformers)
 
 Results are in RUN/study/results.json, models and the picture beside it, and the README's tables are printed at the end.
@@ -21,6 +22,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -101,7 +103,7 @@ def main(argv):
                 speed(study)
     results = study.results()
     for title in dict.fromkeys(key.partition("|")[0] for key in results):
-        if title not in ("beam 4", "speed"):  # columns of main
+        if title != "beam 4" and not title.startswith("speed"):  # columns of main
             print(f"\n{title}\n" + table(results, title))
     write_picture(results, study)
 
@@ -326,12 +328,14 @@ def reference_teacher(study, seed):
 
 
 def speed(study):
-    """Speed-ups over the teacher at batch 1, greedy, one per shape: models of a shape are equally fast."""
+    """Speed-ups over the teacher at batch 1, greedy, one per shape: models of a shape are equally fast. Those on a GPU
+    are kept beside those on a CPU."""
+    title = speed_title(study.args.device)
     source = torch.tensor([study.examples["test"][len(study.examples["test"]) // 2][0]], device=study.args.device)
     shapes = {(r["encoder"], r["decoder"]) for key, r in study.results().items() if key.startswith(("main|", "grid|"))}
     for e, d in sorted(shapes):
         layers = {stack: getattr(study.teacher, stack).layers[:k] for stack, k in zip(STACKS, (e, d))}
-        study.measured("speed", f"{e}+{d}", 0, lambda: {
+        study.measured(title, f"{e}+{d}", 0, lambda: {
             "speedup": 1.0 if (e, d) == tuple(study.teacher.depths.values()) else
             speedup(study.teacher, with_layers(study.teacher, layers), source)})
 
@@ -364,33 +368,37 @@ def table(results, title):
 
 def spread(values, digits=1):
     """"33.7 (33.4 to 34.0)": the mean, and the range of more than one."""
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    middle = f"{mean(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def measured_speed(results, row):
+def speed_title(device):
+    """Where the results keep the speed-ups on that device."""
+    return "speed" if device == "cpu" else "speed on a GPU"
+
+
+def measured_speed(results, row, device="cpu"):
     """A row's speed-up, or None while it is not measured."""
-    return results.get(f"speed|{row['encoder']}+{row['decoder']}|0", {}).get("speedup")
+    return results.get(f"{speed_title(device)}|{row['encoder']}+{row['decoder']}|0", {}).get("speedup")
 
 
 def main_lines(results, rows):
-    """The main table: means over the seeds, and the range of the metric; students by their depth."""
+    """The main table: means over the seeds, and the range of the metric; students by their depth. % of the teacher:
+    greedily, and with four beams."""
     teacher, beams = rows["teacher"][0], {}
     for key, entry in results.items():
         if key.startswith("beam 4|"):
             beams.setdefault(key.split("|")[1], []).append(entry["score"])
-    head = ["model", "ratio", "parameters", "speed-up", "greedy", *(["beam 4"] if beams else []), "% of teacher",
-            "identical", "loss"]
+    head = ["model", "ratio", "parameters", "CPU", "GPU", "BLEU", "beam 4", "% of teacher", "identical", "loss"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, own in sorted(rows.items(), key=lambda item: -depth_of(item[1][0]) if is_student(item[0]) else -math.inf):
-        fast = measured_speed(results, own[0])
+        fast = [measured_speed(results, own[0], device) for device in ("cpu", "cuda")]
+        greedy, beam = [r["greedy"] for r in own], beams.get(name)
+        share = [f"{100 * mean(found) / (theirs or math.nan):.1f}"
+                 for found, theirs in ((greedy, teacher["greedy"]), (beam, beams.get("teacher", [None])[0])) if found]
         cells = [name, f"{depth_of(teacher) / depth_of(own[0]):.2f}x", f"{own[0]['parameters']:,}",
-                 f"{fast:.2f}x" if fast else "–", spread([r["greedy"] for r in own])]
-        if beams:
-            cells.append(spread(beams[name]) if name in beams else "–")
-        for values, digits, unit in (([100 * r["greedy"] / (teacher["greedy"] or math.nan) for r in own], 1, ""),
-                                     ([r["identical"] for r in own], 0, " %"), ([r["loss"] for r in own], 3, "")):
-            cells.append(f"{sum(values) / len(values):.{digits}f}{unit}")
+                 *(f"{each:.2f}x" if each else "–" for each in fast), spread(greedy), spread(beam) if beam else "–",
+                 "; ".join(share), f"{mean(r['identical'] for r in own):.0f} %", f"{mean(r['loss'] for r in own):.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
