@@ -337,7 +337,7 @@ class LayerCache:
     def __init__(self, layer, memory, max_length, beams=1):
         self.cross = layer.cross_attention.keys_values(memory)
         B, H, _, d_kv = self.cross[0].shape
-        self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)
+        self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)  # a graph sees the later ones, too
         self.values = torch.zeros_like(self.keys)
 
     def append(self, keys, values, positions, visible):
@@ -373,11 +373,11 @@ class Cache:
         """run(token), by a CUDA graph: at the second step of a kind its kernels are recorded, and from then on replayed
         in one call. There are some 40 in a layer, each of a few microseconds; Python takes longer to launch them.
 
-        A graph repeats the same kernels at the same addresses. So token and result have fixed places, `advance` and
-        `reorder` write in place, and another batch, or another number of visible keys, is another kind.
-        https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+        A graph repeats the same kernels at the same addresses. So token and result have fixed places (the next step
+        overwrites the result), `advance` and `reorder` write in place, and another batch, or another number of visible
+        keys, is another kind. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
         """
-        if self.kind != (len(token), self.visible):  # the first of its kind prepares the kernels, not allowed later
+        if self.kind != (len(token), self.visible):  # the first of its kind loads the kernels; recording must not
             self.kind, self.graph = (len(token), self.visible), None
             return run(token)
         if self.graph is None:
