@@ -54,7 +54,7 @@ def hidden_distillation(student, teacher, mask):
 
     Two (L, B, T, d_model), the states after L layers, mask (B, T) -> (L,). All at once: on a GPU a small operation
     takes as long as a large one."""
-    student, teacher = (states.float() * mask[..., None] for states in (student, teacher))
+    student, teacher = (states.float().masked_fill(~mask[..., None], 0) for states in (student, teacher))
     return (student - teacher).square().sum((1, 2, 3)) / over_processes(teacher.square().sum((1, 2, 3)), teacher)
 
 
@@ -66,7 +66,7 @@ def attention_distillation(student, teacher, mask):
     underflows.
     """
     student, teacher = student.float(), teacher.float()
-    each = mask[:, None, :, None] * teacher * ((teacher + 1e-9).log() - (student + 1e-9).log())
+    each = mask[:, None, :, None] * teacher * ((teacher + 1e-9) / (student + 1e-9)).log()
     return each.sum((1, 2, 3, 4)) / (over_processes(mask.sum(), teacher) * teacher.size(2))
 
 
@@ -76,8 +76,8 @@ def processes():
 
 
 def over_processes(x, like):
-    """The mean over all processes of a number or scalar tensor; x itself when there is one process. like: any tensor on
-    the device that computes.
+    """The mean over all processes of a number or a tensor, element by element; x itself when there is one process.
+    like: any tensor on the device that computes.
 
     Each process has its share of a batch. A loss there is its own sum over the *mean* count, so that the mean of the
     gradients is exactly the gradient of the whole batch, however unevenly the tokens fall.
@@ -123,7 +123,8 @@ def some_rows(outputs, rows, real, paths):
     tokens, few = torch.zeros_like(real), {}
     tokens[rows] = True
     for stack in STACKS:
-        ends, (hidden, states, probs) = [stop - 1 for _, stop in paths[stack]], outputs[stack]
+        hidden, states, probs = outputs[stack]
+        ends = {stop - 1 for _, stop in paths[stack]}
         few[stack] = StackOutput(hidden[rows], [states[i][rows] if i in ends else None for i in range(len(states))],
                                  [[p if p is None else p[rows] for p in probs[i]] if i in ends else None
                                   for i in range(len(probs))])
@@ -149,6 +150,7 @@ def losses(student, source, target, weights, theirs=None, layers=None, paths=Non
             mine, last = ours[stack], [stop - 1 for _, stop in paths[stack]]
             states = torch.stack(mine.states), torch.stack([theirs[stack].states[i] for i in last])
             hidden.append(hidden_distillation(*states, masks[stack]))
+            # Self-attention of all layers, then, in the decoder, cross-attention of all.
             for s, t in zip(zip(*mine.probs), zip(*(theirs[stack].probs[i] for i in last))) if probs else ():
                 attention.append(attention_distillation(torch.stack(s), torch.stack(t), masks[stack]))
         terms["hidden"] = torch.cat(hidden).mean()

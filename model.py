@@ -92,7 +92,7 @@ def dropout(x, rate, training):
     cut = min(255, round(rate * 256))
     if not training or cut == 0:
         return x
-    words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device)
+    words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64)
     noise = words.random_(-2**63, None).view(torch.uint8)[:x.numel()].view(x.shape)
     return x * (noise >= cut).to(x.dtype) * (256 / (256 - cut))  # two products: in 16 bit the scale would be rounded
 
@@ -260,25 +260,25 @@ class DecoderLayer(EncoderLayer):
         self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config)
 
     def forward(self, x, bias, memory, memory_bias, need_probs=False, cache=None):
-        """x (B, T, d_model), bias (1, H, T, K), memory (B, S, d_model), memory_bias (B, 1, 1, S), cache: None, or a
-        LayerCache with the positions (T,) of x and K.
+        """x (B, T, d_model), bias (1, H, T, K), memory (B, S, d_model), memory_bias (B, 1, 1, S), cache: None, or
+        (LayerCache, positions (T,) of x, K).
 
         Returns x and the (self, cross) attention probabilities, None where not asked for. With a cache, x holds only
-        the new positions, K counts the earlier ones too, and memory is not read: its keys are in the cache, once for
-        all beams of a sentence, whose queries stand side by side.
+        the new positions, K counts the others too, and memory is not read: its keys are in the cache, once for all
+        beams of a sentence, whose queries stand side by side.
         """
         h = self.self_norm(x)
         keys, values = self.self_attention.keys_values(h)
         if cache is not None:
-            cache, *place = cache
-            keys, values = cache.append(keys, values, *place)
+            own, positions, visible = cache
+            keys, values = own.append(keys, values, positions, visible)
         h, self_probs = self.self_attention(h, keys, values, bias, need_probs)
         x = x + dropout(h, self.rate, self.training)
         h = self.cross_norm(x)
         if cache is None:
             keys, values = self.cross_attention.keys_values(memory)
         else:
-            keys, values = cache.cross
+            keys, values = own.cross
             h = h.view(len(keys), -1, h.size(-1))  # (B / beams, beams T, d_model)
         h, cross_probs = self.cross_attention(h, keys, values, memory_bias, need_probs)
         x = x + dropout(h.view(x.shape), self.rate, self.training)
@@ -337,7 +337,7 @@ class LayerCache:
     def __init__(self, layer, memory, max_length, beams=1):
         self.cross = layer.cross_attention.keys_values(memory)
         B, H, _, d_kv = self.cross[0].shape
-        self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)  # a graph sees the later ones, too
+        self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)  # not empty: `advance`
         self.values = torch.zeros_like(self.keys)
 
     def append(self, keys, values, positions, visible):
@@ -350,19 +350,20 @@ class LayerCache:
 
 class Cache:
     """What decoding one more position needs of the earlier ones and of the memory: each layer's keys and values, and
-    the two biases, which stay the same; and which position that is, `positions` (1,) of `length`."""
+    the two biases, which stay the same. There are `length` positions by now; `positions` (1,) is the last of them, the
+    present one, on the device."""
     def __init__(self, model, memory, memory_mask, max_length, beams=1):
         self.layers = [LayerCache(layer, memory, max_length, beams) for layer in model.decoder.layers]
         self.beams, self.max_length = beams, max_length
         self.length = self.visible = 0
         self.positions = torch.zeros(1, dtype=torch.long, device=memory.device)
-        self.kind = self.graph = None  # of the CUDA graph of a step
+        self.kind = self.graph = None  # (rows, visible keys) of a step, and its CUDA graph
         self.bias = model.decoder.position_bias(max_length)
         self.memory_bias = mask_out(memory.new_zeros(()), ~memory_mask[:, None, None, :])
 
     def advance(self):
-        """Move on by a position. Of the keys only the `visible` first are read: all so far; where a CUDA graph needs
-        equal shapes in many steps, 64, 128, 256, ... of them, as the bias hides those to come."""
+        """Move on by a position. A step reads the first `visible` keys: all so far. On a GPU 64, 128, 256, ..., as a
+        graph needs equal shapes in many steps: the bias hides those to come, which count 0 times what is there."""
         self.positions.fill_(self.length)  # in place: a CUDA graph reads it there
         self.length += 1
         self.visible = self.length
@@ -371,7 +372,8 @@ class Cache:
 
     def replay(self, run, token):
         """run(token), by a CUDA graph: at the second step of a kind its kernels are recorded, and from then on replayed
-        in one call. There are some 40 in a layer, each of a few microseconds; Python takes longer to launch them.
+        in one call. There are some 40 in a layer, each of a few microseconds; Python takes longer to launch them. One
+        thread at a time: torch records whatever the process does.
 
         A graph repeats the same kernels at the same addresses. So token and result have fixed places (the next step
         overwrites the result), `advance` and `reorder` write in place, and another batch, or another number of visible
@@ -382,7 +384,7 @@ class Cache:
             return run(token)
         if self.graph is None:
             self.graph, self.token = torch.cuda.CUDAGraph(), token.clone()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.device(token.device), torch.cuda.graph(self.graph):
                 self.logits = run(self.token)
         self.token.copy_(token)
         self.graph.replay()
@@ -395,13 +397,14 @@ class Cache:
             layer.values[:, :, :self.length] = layer.values[rows, :, :self.length]
 
     def worth_selecting(self, running):
-        """Should the sentences that have ended leave, if that number is running? On a GPU, where each batch is another
-        graph and a smaller one hardly faster, when it halves the batch."""
+        """Should those that have ended leave the batch now that `running` sentences are left? On a CPU always; on a
+        GPU, where each batch needs a graph of its own and a smaller one is hardly faster, when that halves it."""
         batch = len(self.memory_bias)
         return running <= batch // 2 if self.positions.is_cuda else running < batch
 
     def select(self, running):
         """Keep only these sentences, a bool each: the others have ended."""
+        self.kind = self.graph = None  # it reads the old tensors
         self.memory_bias = self.memory_bias[running]
         rows = running.repeat_interleave(self.beams)
         for layer in self.layers:
@@ -492,8 +495,9 @@ class T5(nn.Module):
         """(B, S) token ids -> (B, <= max_new_tokens) ids without the start token, pad after eos.
 
         Greedy for one beam, else beam search with Hugging Face's semantics. Sentences that have ended leave the
-        batch, and no row reads another's, so a row's output does not depend on its batch (exactly in float32 but
-        for ties: the order of a sum changes with the batch's shape). Raises ValueError for counts below 1.
+        batch (`Cache.worth_selecting` says when), and no row reads another's, so a row's output does not depend on its
+        batch (exactly in float32 but for ties: the order of a sum changes with the batch's shape). Raises ValueError
+        for counts below 1.
         """
         if max_new_tokens < 1 or num_beams < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1")
@@ -534,14 +538,15 @@ class T5(nn.Module):
                 break
             if cache.worth_selecting(left):
                 cache.select(running)
-                rows, token, running = rows[running], token[running], running[running]
+                rows, token, running = rows[running], token[running], running[running]  # all True
         return output
 
     def _beam_search(self, memory, mask, n, K, length_penalty):
         """Keep the K best prefixes. A sum of log probabilities is compared with finished ones only after division by
         length ** length_penalty, the length counting eos. 2K candidates are drawn, as K of them may end; only those
         among the best K count as finished. A sentence is done when its best prefix, at the present length, cannot
-        beat its worst finished hypothesis (`early_stopping=False`), or when n tokens are reached."""
+        beat its worst finished hypothesis (`early_stopping=False`), or when n tokens are reached; it stays as it is
+        then, until the cache finds it worth to leave the batch."""
         c, B, low = self.config, memory.size(0), -1e9
         cache = Cache(self, memory, mask, n, K)
         rows = torch.arange(B, device=memory.device)
@@ -579,7 +584,7 @@ class T5(nn.Module):
                 cache.select(running)
                 rows, token, score, prefix = rows[running], token[running], score[running], prefix[running]
                 finished, finished_score = finished[running], finished_score[running]
-                running = running[running]
+                running = running[running]  # all True
         return output
 
 

@@ -423,7 +423,7 @@ def little_lines(rows):
 
 
 def grid_lines(results):
-    """Encoder depths down, decoder depths across: the metric and the speed-up of the bank's assemblies."""
+    """Encoder depths down, decoder depths across: the metric of the bank's assemblies, and the speed-up on a CPU."""
     cells = {}
     for key, row in results.items():
         title, name, _ = key.split("|")
@@ -441,7 +441,8 @@ def grid_lines(results):
 
 
 def write_picture(results, study):
-    """The README's picture, RUN/study/frontier.svg, of the rows whose speed-up is measured: means over the seeds."""
+    """The README's picture, RUN/study/frontier.svg, of the rows whose speed-up on a CPU is measured: means over
+    the seeds."""
     rows = {}
     for key, row in results.items():
         title, name, _ = key.split("|")

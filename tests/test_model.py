@@ -339,7 +339,7 @@ def test_attention_with_a_cache_is_the_one_without():
 @pytest.mark.parametrize("beams", (1, 3))
 def test_what_has_ended_leaves_the_batch(beams, monkeypatch):
     """On a CPU at once, so that it costs nothing; as on a GPU, when it halves the batch. The ids are the same."""
-    model, expected = load("t5_asymmetric")
+    model, expected = load("t5_gated")
     x, sizes, select, same = expected["input_ids"], [], m.Cache.select, "what has ended must not go on, nor change"
     monkeypatch.setattr(m.Cache, "select", lambda *args: sizes.append(args[1].tolist()) or select(*args))
     ids = trimmed(model.generate(x, 20, beams).tolist())
