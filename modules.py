@@ -127,9 +127,9 @@ def evenly(n, k):
 def with_layers(teacher, layers):
     """A plain T5 of {"encoder": [layer, ...], "decoder": [...]}: copies of these, and of all else of the teacher: the
     embedding, the head, the stacks' position tables and final norms. All of it can train; it is in eval mode."""
-    config = replace(teacher.config, num_layers=len(layers["encoder"]), num_decoder_layers=len(layers["decoder"]))
     with torch.device("meta"):  # shapes only: every part is about to be replaced
-        model = T5(config)
+        model = T5(replace(teacher.config, num_layers=0, num_decoder_layers=0))
+    model.config = replace(teacher.config, num_layers=len(layers["encoder"]), num_decoder_layers=len(layers["decoder"]))
     model.embedding, model.head = copy.deepcopy((teacher.embedding, teacher.head))  # together: they may be one tensor
     for stack in STACKS:
         own, source = getattr(model, stack), getattr(teacher, stack)

@@ -13,6 +13,9 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(items):
-    """Of the tests that wait for a grader (test_assignments.py) the first starts it, the others come last."""
-    waiting = [item for item in items if "graded" in getattr(item, "fixturenames", ())]
-    items[:] = [*waiting[:1], *(item for item in items if item not in waiting), *waiting[1:]]
+    """Some tests wait for a process that works on a second core. The first that asks for it starts it, so the grader's
+    (test_assignments.py), which works longest, is the first of all; those that wait come last."""
+    graded, survival = ([item for item in items if fixture in getattr(item, "fixturenames", ())]
+                        for fixture in ("graded", "survival"))
+    last = [*survival[1:], *graded[1:]]
+    items[:] = [*graded[:1], *(item for item in items if item not in [*graded[:1], *last]), *last]

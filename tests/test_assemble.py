@@ -6,6 +6,7 @@ assemble.py: the strategies, the plain T5 of an assembly, its measure, its folde
 
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -738,7 +739,7 @@ def test_a_good_run(run_folder, tmp_path):
     out = tmp_path / "small"
     line = [sys.executable, str(ROOT / "assemble.py"), str(run_folder), "--ratio", "2", "--strategy", "size-first",
             "--out", str(out)]
-    run = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(line, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0 and run.stderr == "", f"a good run has exit status 0 and no errors: {run.stderr}"
     words = {line.split()[0]: line for line in run.stdout.splitlines()}
     teacher, model = m.load_t5(run_folder / "teacher"), m.load_t5(out)

@@ -577,8 +577,10 @@ def in_two_processes(rank, folder):
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2)
+    two = torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2, join=False)
     train_all(tmp_path)
+    while not two.join():
+        pass
     for name in RUNS:
         weights, logs = zip(*(torch.load(tmp_path / f"{name} {rank}") for rank in (None, 0, 1)))
         assert same(weights[1], weights[2]), f"{name}: both processes must hold the same weights, bit for bit"

@@ -1,4 +1,4 @@
-"""What no single file answers for: kills, full disks, files from strangers, other Pythons, other folders. About 20 s.
+"""What no single file answers for: kills, full disks, files from strangers, other Pythons, other folders. About 15 s.
 
     pytest tests/test_survival.py
     python tests/bench_survival.py                 # the same stops and mutations, but many
@@ -7,6 +7,7 @@ import ast
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,23 +22,16 @@ def run(*line, **options):
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
-@needs_fork
-def test_stopped_and_resumed_is_uninterrupted():
-    done = run(ROOT / "tests" / "bench_survival.py", "--stops", 1, "--mutations", 0)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 stops in" in done.stdout and "bitwise" in done.stdout
+@pytest.fixture(scope="session")
+def survival():
+    """Future of the end of bench_survival.py. It runs on a second core beside other tests: see conftest.py."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run, ROOT / "tests" / "bench_survival.py", "--stops", 1, "--mutations", 100)
 
 
-@needs_fork
-def test_mutated_files_are_refused_or_read():
-    done = run(ROOT / "tests" / "bench_survival.py", "--stops", 0, "--mutations", 100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("'loaded'") == done.stdout.count("'ValueError'") == 6, \
-        "of each kind of file some mutations are good and some are not"
-
-
-def test_two_commands_from_another_folder_without_a_terminal(tmp_path):
-    """Relative paths, with a blank and letters in them, and --resume from elsewhere."""
+def test_two_commands_from_another_folder_without_a_terminal(survival, tmp_path):
+    """Relative paths, with a blank and letters in them, and --resume from elsewhere. It takes a while: `survival` is
+    asked for so that it starts beside it."""
     home = tmp_path / "ein Häuschen"
     home.mkdir()
     for name, words in (("a.tsv", "bcde"), ("b.tsv", "fg")):
@@ -72,3 +66,18 @@ def test_text_files_are_utf_8_on_every_system(file):
             if name in ("read_text", "write_text") or name == "open" and "b" not in ast.unparse(call.args[1:2]):
                 assert any(keyword.arg == "encoding" for keyword in call.keywords), \
                     f"{file.name}:{call.lineno}: without an encoding, {name} takes another one on Windows"
+
+
+@needs_fork
+def test_stopped_and_resumed_is_uninterrupted(survival):
+    done = survival.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 stops in" in done.stdout and "bitwise" in done.stdout
+
+
+@needs_fork
+def test_mutated_files_are_refused_or_read(survival):
+    done = survival.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("'loaded'") == done.stdout.count("'ValueError'") == 6, \
+        "of each kind of file some mutations are good and some are not"
