@@ -19,8 +19,8 @@ def pytest_collection_modifyitems(items):
     (test_assignments.py), which works longest, is the first of all; those that wait come last."""
     graded, survival = ([item for item in items if fixture in getattr(item, "fixturenames", ())]
                         for fixture in ("graded", "survival"))
-    last = [*survival[1:], *graded[1:]]
-    items[:] = [*graded[:1], *(item for item in items if item not in [*graded[:1], *last]), *last]
+    first, last = graded[:1], survival[1:] + graded[1:]
+    items[:] = [*first, *(item for item in items if item not in first + last), *last]
 
 
 def pytest_collection_finish():
