@@ -117,6 +117,9 @@ def parse_args(argv):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
     if args.teacher and not given:
         raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
+    for name in ("layers", "d_model", "dropout", "vocab"):
+        if args.teacher and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: of a teacher from scratch; --teacher brings its own")
     for name, value in (FINE_TUNE if args.teacher else REAL if given else TOY).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -25,8 +25,9 @@ from model import QUICK, load_t5, read_json, read_safetensors, write_json, write
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", "--teacher-steps", "4", "--self-distill-steps", "4",
-         "--steps", "4", "--batch-tokens", "512", "--max-length", "12", "--device", "cpu", "--dtype", "float32"]
+SHORT = ["--teacher-steps", "4", "--self-distill-steps", "4", "--steps", "4", "--batch-tokens", "512",
+         "--max-length", "12", "--device", "cpu", "--dtype", "float32"]
+SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", *SHORT]
 BASELINES = "sft:3+3,kd:3+2,pseudo:1+1,theseus:2+3"
 
 
@@ -114,6 +115,8 @@ def test_settings_by_default(options, settings):
 
 @pytest.mark.parametrize("options, words", (
     (["--teacher", "t5-small"], "--teacher needs --train, --valid and --test"),
+    ([*FILES, "--teacher", "t5-small", "--d-model", "64"], "--d-model: of a teacher from scratch; --teacher brings"),
+    ([*FILES, "--teacher", "t5-small", "--dropout", "0"], "--dropout: of a teacher from scratch"),
     (FILES[:4], "go together; only train, valid came"), (["--d-model", "48"], "--d-model 48: not a multiple of 32"),
     (["--lr", "-1"], "--lr -1.0: must be above 0"), (["--teacher-lr", "nan"], "--teacher-lr nan: must be above 0"),
     (["--lr", "inf"], "--lr inf: must be above 0, and finite"), (["--seed", "4294967296"], "must be below 4294967296")))
@@ -573,7 +576,7 @@ def test_resume_ends_bitwise_where_an_uninterrupted_run_does(finished, files, tm
 
 def test_teacher_folder_is_taken_with_its_tokenizer(finished, files, tmp_path):
     out = tmp_path / "run"
-    arguments = [*data_args(files), *SMALL, "--teacher", str(finished / "teacher"), "--out", str(out)]
+    arguments = [*data_args(files), *SHORT, "--teacher", str(finished / "teacher"), "--out", str(out)]
     assert train.main([*arguments, "--teacher-steps", "0", "--self-distill-steps", "0",
                        "--granularities", "3"]) == 0
     assert (out / "teacher/model.safetensors").read_bytes() == (finished / "teacher/model.safetensors").read_bytes(), \
@@ -642,7 +645,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, edit,
     weights = read_safetensors(broken / "model.safetensors")
     del weights["decoder.final_layer_norm.weight"]
     write_safetensors(weights, broken / "model.safetensors")
-    arguments = [*data_args(folder), *SMALL, "--out", str(tmp_path / "run"),
+    arguments = [*data_args(folder), *(SHORT if "--teacher" in extra else SMALL), "--out", str(tmp_path / "run"),
                  *(str(broken) if e == "{incomplete}" else e for e in extra)]
     if extra == ("--valid",):
         arguments = ["--train", str(folder / "train.tsv"), "--out", str(tmp_path / "run")]
