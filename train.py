@@ -117,6 +117,8 @@ def parse_args(argv):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
     if args.teacher and not given:
         raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
+    if args.prefix and not given:
+        raise ValueError("--prefix needs --train, --valid and --test: the toy task has none")
     for name in ("layers", "d_model", "dropout", "vocab"):
         if args.teacher and getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: of a teacher from scratch; --teacher brings its own")
@@ -365,7 +367,7 @@ def start_run(args, pairs):
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
         write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")
-    if not (out / "valid.safetensors").exists():
+    if not args.resume or not (out / "valid.safetensors").exists():  # anew: one there is of another tokenizer
         probe = [pairs["valid"][i] for i in probe_rows(len(pairs["valid"]))]
         save_batches(Batches(encode_pairs(tokenizer, probe, args.max_length)[0], args.batch_tokens, tokenizer.pad_id,
                              seed=0), out / "valid.safetensors")

@@ -117,6 +117,7 @@ def test_settings_by_default(options, settings):
     (["--teacher", "t5-small"], "--teacher needs --train, --valid and --test"),
     ([*FILES, "--teacher", "t5-small", "--d-model", "64"], "--d-model: of a teacher from scratch; --teacher brings"),
     ([*FILES, "--teacher", "t5-small", "--dropout", "0"], "--dropout: of a teacher from scratch"),
+    (["--prefix", "translate: "], "--prefix needs --train, --valid and --test"),
     (FILES[:4], "go together; only train, valid came"), (["--d-model", "48"], "--d-model 48: not a multiple of 32"),
     (["--lr", "-1"], "--lr -1.0: must be above 0"), (["--teacher-lr", "nan"], "--teacher-lr nan: must be above 0"),
     (["--lr", "inf"], "--lr inf: must be above 0, and finite"), (["--seed", "4294967296"], "must be below 4294967296")))
