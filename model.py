@@ -952,7 +952,7 @@ class Parser(argparse.ArgumentParser):
             number = torch.zeros(1, device=name)
             number.item()  # "meta" has shapes alone
             return str(number.device)
-        except (RuntimeError, AssertionError, ImportError) as error:  # the last: a device of a package that is not there
+        except (RuntimeError, AssertionError, ImportError) as error:  # the last: "hpu"
             reason = str(error).partition("\n")[0]
             raise argparse.ArgumentTypeError(f"{name}: {reason}") from None
 
