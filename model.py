@@ -301,7 +301,10 @@ class Stack(nn.Module):
     def position_bias(self, length):
         """(1, H, length, length) for attention scores; a decoder's has the causal mask in it."""
         position = torch.arange(length, device=self.positions.weight.device)
-        distance = position[None, :] - position[:, None]  # key minus query
+        return self.bias_at(position[None, :] - position[:, None])
+
+    def bias_at(self, distance):
+        """The same for any (Q, K) distances, key minus query: (1, H, Q, K)."""
         bucket = relative_position_bucket(distance, self.bidirectional, self.positions.num_embeddings,
                                           self.max_distance)
         bias = self.positions(bucket).permute(2, 0, 1)[None]
@@ -350,15 +353,16 @@ class LayerCache:
 
 class Cache:
     """What decoding one more position needs of the earlier ones and of the memory: each layer's keys and values, and
-    the two biases, which stay the same. There are `length` positions by now; `positions` (1,) is the last of them, the
-    present one, on the device."""
+    the memory's bias, which stays the same. There are `length` positions by now; `positions` (1,) is the last of them,
+    the present one, on the device."""
     def __init__(self, model, memory, memory_mask, max_length, beams=1):
         self.layers = [LayerCache(layer, memory, max_length, beams) for layer in model.decoder.layers]
         self.beams, self.max_length = beams, max_length
         self.length = self.visible = 0
         self.positions = torch.zeros(1, dtype=torch.long, device=memory.device)
         self.kind = self.graph = None  # (rows, visible keys) of a step, and its CUDA graph
-        self.bias = model.decoder.position_bias(max_length)
+        distance = torch.arange(1 - max_length, max_length, device=memory.device)  # all that there can be
+        self.bias_of, self.places = model.decoder.bias_at(distance[None]), distance[max_length - 1:]
         self.memory_bias = mask_out(memory.new_zeros(()), ~memory_mask[:, None, None, :])
 
     def advance(self):
@@ -369,6 +373,10 @@ class Cache:
         self.visible = self.length
         if self.positions.is_cuda:
             self.visible = min(self.max_length, max(64, 1 << (self.length - 1).bit_length()))
+
+    def bias(self):
+        """(1, H, 1, visible): the row of `Stack.position_bias` for the present position."""
+        return self.bias_of[..., self.places[:self.visible] - self.positions + (self.max_length - 1)]
 
     def replay(self, run, token):
         """run(token), by a CUDA graph: at the second step of a kind its kernels are recorded, and from then on replayed
@@ -474,7 +482,7 @@ class T5(nn.Module):
             bias = self.decoder.position_bias(decoder_input_ids.size(1))
             memory_bias = mask_out(x.new_zeros(()), ~memory_mask[:, None, None, :])
         else:
-            bias, memory_bias = cache.bias[:, :, cache.positions, :cache.visible], cache.memory_bias
+            bias, memory_bias = cache.bias(), cache.memory_bias
         return self.decoder.run(x, layers, bias, memory, memory_bias, need_probs=need_probs, cache=cache)
 
     def logits(self, hidden):

@@ -89,8 +89,8 @@ EXERCISES = {
                   "self.keys[:, :, :keys.size(2)] = keys", "returns all 2, each in its place"),
             Wrong("the cache shows all its room", "return self.keys[:, :, :visible], self.values[:, :, :visible]",
                   "return self.keys, self.values", "returns all 1, each in its place"),
-            Wrong("the cache's position off by one", "cache.bias[:, :, cache.positions, :cache.visible]",
-                  "cache.bias[:, :, (cache.positions - 1).clamp(min=0), :cache.visible]",
+            Wrong("the cache's position off by one", "self.places[:self.visible] - self.positions",
+                  "self.places[:self.visible] - (self.positions - 1).clamp(min=0)",
                   "each with the position bias of its distance")]),
     "4 the names of a checkpoint": Exercise(
         "model.py", {"checkpoint_name": "its name in a checkpoint", "T5.logits": "d_model^-0.5"},

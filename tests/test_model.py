@@ -336,6 +336,19 @@ def test_attention_with_a_cache_is_the_one_without():
                 f"0 to {t}, each with the position bias of its distance from {t}"
 
 
+def test_the_caches_bias_is_a_row_of_the_stacks_and_takes_memory_by_the_length_alone():
+    torch.manual_seed(0)
+    model, x = m.T5(tiny()), torch.tensor([[5, 6, 1]])
+    cache, bias = m.Cache(model, model.encode(x).hidden, x != 0, 200), model.decoder.position_bias(200)
+    for position in range(200):
+        cache.advance()
+        row = bias[:, :, position:position + 1]
+        assert torch.equal(cache.bias(), row[..., :position + 1]), "each with the position bias of its distance"
+        cache.visible = 200  # as on a GPU, where keys to come are hidden by their bias
+        assert torch.equal(cache.bias(), row)
+    assert cache.bias_of.numel() < 2 * bias.size(1) * 200, "a row, not a square: 4,096 positions took 850 MB"
+
+
 @pytest.mark.parametrize("beams", (1, 3))
 def test_what_has_ended_leaves_the_batch(beams, monkeypatch):
     """On a CPU at once, so that it costs nothing; as on a GPU, when it halves the batch. The ids are the same."""
