@@ -280,7 +280,9 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
                 total[term] = total.get(term, 0.0) + value / len(grains["decoder"])
             for stack in STACKS:
                 rates[stack] += [realised_rate(paths[stack], spans[stack])] if spans[stack] else []
-        return total, {"rate": rate, **{f"rate_{stack}": sum(own) / max(1, len(own)) for stack, own in rates.items()}}
+        # NaN, null in log.jsonl, where every encoder path was the teacher's own: none had a choice.
+        return total, {"rate": rate, **{f"rate_{stack}": sum(own) / len(own) if own else 0.0 if not bank.spans[stack]
+                                        else math.nan for stack, own in rates.items()}}
 
     fit(bank, step_loss, batches, steps, seed=seed, weights=weights, lr_factors=lr_factors, **loop)
     bank.eval()
@@ -397,25 +399,25 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
             with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
                 terms, facts = step_loss(step, source, target)
             loss = sum(weights[term] * value for term, value in terms.items())
+            norm = torch.zeros(())
             if moves := loss.requires_grad:  # not so where Theseus drew the teacher's own layers alone
                 scaler.scale(loss).backward()
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
-            raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}; a lower learning rate "
-                                     f"may help")
-        norm = torch.zeros(())
-        if moves:
-            if world > 1:
-                average_gradients(parameters)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = group["size"] * learning_rate(step, steps, lr)
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < scale  # float16 overflowed: no step, and the next at half the scale
-            optimizer.zero_grad(set_to_none=True)
+            if not torch.isfinite(loss):
+                values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
+                raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}; a lower learning "
+                                         f"rate may help (--teacher-lr, --lr)")
+            if moves:
+                if world > 1:
+                    average_gradients(parameters)
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["size"] * learning_rate(step, steps, lr)
+                scale = scaler.get_scale()
+                scaler.step(optimizer)
+                scaler.update()
+                skipped += scaler.get_scale() < scale  # float16 overflowed: no step, and the next at half the scale
+                optimizer.zero_grad(set_to_none=True)
 
         tokens += source.numel() + target.numel()
         if step == first or (step + 1) % max(1, steps // 100) == 0 or step + 1 == steps:

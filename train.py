@@ -55,6 +55,9 @@ REAL = dict(dtype="auto", metric="bleu", targets="teacher", dropout=0.1, layers=
             max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning, of a tensor's size too
                  self_distill_steps=0)            # not tried with T5's weights
+ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # these do not
+ON_RESUME = ("out", "resume", "device")  # of the command line, not of the run
+LOWERED = ("batch_tokens", "lr", "teacher_lr")  # so are these where --resume has them: what an error line may ask for
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
 PORTION = 4096  # so many of these are made, and written, at a time
@@ -67,16 +70,17 @@ def parse_args(argv):
     p.add_argument("--train", nargs="+", metavar="FILE", help="one .tsv or .jsonl, or two parallel text files")
     p.add_argument("--valid", nargs="+", metavar="FILE")
     p.add_argument("--test", nargs="+", metavar="FILE")
-    p.add_argument("--prefix", default="", help='put before every source, such as "summarize: "')
+    p.add_argument("--prefix", help='put before every source, such as "summarize: "')
     p.add_argument("--teacher", help="a T5 folder or a name such as t5-small; without it one is trained from scratch")
     p.add_argument("--out", type=Path, default=Path("run"), help="the run folder")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings; "
+                   "--batch-tokens, --lr and --teacher-lr may change them for the steps to come")
+    p.add_argument("--seed", type=int, help="0 by default")
     p.add_device()
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
                    help="of matrix products in training; weights are float32")
     p.add_argument("--metric", choices=METRICS)
-    p.add_argument("--num-beams", type=int, default=1, help="for scoring")
+    p.add_argument("--num-beams", type=int, help="for scoring; 1 by default")
     p.add_argument("--layers", type=int, help="of each stack of a teacher from scratch")
     p.add_argument("--d-model", type=int, help="width of a teacher from scratch, a multiple of 32")
     p.add_argument("--dropout", type=float, help="of a teacher from scratch, and so of its students")
@@ -95,23 +99,23 @@ def parse_args(argv):
                    help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
     p.add_argument("--targets", choices=["data", "teacher"], help="what the bank and KD students learn to write: the "
                    "targets of the training pairs, or what the teacher makes of their sources")
-    p.add_argument("--init", choices=["calibrated", "copy", "average"], default="calibrated",
-                   help="how a module starts: a copy of a layer of its span, fitted to the span in closed form; the "
-                   "copy alone; the mean of the span's layers")
+    p.add_argument("--init", choices=["calibrated", "copy", "average"],
+                   help="how a module starts: by default a copy of a layer of its span, fitted to the span in closed "
+                   "form; the copy alone; the mean of the span's layers")
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
     args = p.parse_args(argv)
     if args.resume:
-        changed = [name for name, value in vars(args).items()
-                   if name not in ("out", "resume", "device") and value != p.get_default(name)]
-        if changed:
-            raise ValueError(f"--resume keeps the run's own settings: leave out --{changed[0].replace('_', '-')}")
+        given = {name: value for name, value in vars(args).items() if name not in ON_RESUME and value is not None}
+        for name in set(given) - set(LOWERED):
+            raise ValueError(f"--resume keeps the run's own settings: leave out --{name.replace('_', '-')}")
         if not (args.out / "args.json").exists():
             raise ValueError(f"{args.out}: holds no run to go on with: begin one without --resume")
         settings = read_json(args.out / "args.json")
-        missing = set(vars(args)) - set(settings) - {"out", "resume", "device"}
+        missing = set(vars(args)) - set(settings) - set(ON_RESUME)
         if missing:
             raise ValueError(f"{args.out / 'args.json'}: lacks {', '.join(sorted(missing))}")
-        return argparse.Namespace(**{**settings, "out": args.out, "device": args.device, "resume": True})
+        return check_numbers(argparse.Namespace(**{**settings, **given, "out": args.out, "device": args.device,
+                                                   "resume": True}))
     given = [name for name in ("train", "valid", "test") if getattr(args, name)]
     if len(given) not in (0, 3):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
@@ -122,30 +126,38 @@ def parse_args(argv):
     for name in ("layers", "d_model", "dropout", "vocab"):
         if args.teacher and getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: of a teacher from scratch; --teacher brings its own")
-    for name, value in (FINE_TUNE if args.teacher else REAL if given else TOY).items():
+    for name, value in {**ALWAYS, **(FINE_TUNE if args.teacher else REAL if given else TOY)}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.baselines is None:
         shapes = () if given else (f"{k}+{k}" for k in (args.layers // 2, 1))
         args.baselines = ",".join(f"{kind}:{shape}" for shape in shapes for kind in ("sft", "kd"))
-    for name, least in dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1,
-                            teacher_steps=0, self_distill_steps=0, seed=0).items():
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    for name in ("teacher_lr", "lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, and finite")
-    if not 0 <= args.dropout < 1:
-        raise ValueError(f"--dropout {args.dropout}: must be at least 0, and below 1")
-    if args.seed >= 1 << 32:
-        raise ValueError(f"--seed {args.seed}: must be below {1 << 32}")
-    if args.d_model % 32:
-        raise ValueError(f"--d-model {args.d_model}: not a multiple of 32")
+    check_numbers(args)
     parse_baselines(args.baselines)
     for name in given:  # absolute, so that --resume works from another folder
         setattr(args, name, [str(Path(file).absolute()) for file in getattr(args, name)])
     if args.teacher and Path(args.teacher).is_dir():
         args.teacher = str(Path(args.teacher).absolute())
+    return args
+
+
+def check_numbers(args):
+    """The settings, if all numbers are possible ones. Raises ValueError naming the option that is not."""
+    least = dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1, teacher_steps=0,
+                 self_distill_steps=0, seed=0)
+    most = dict(layers=1000, vocab=1_000_000, seed=(1 << 32) - 1)  # a slip of the finger would take for ever to fail
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')} {value}"
+        if name in least and value < least[name]:
+            raise ValueError(f"{option}: must be at least {least[name]}")
+        if name in most and value > most[name]:
+            raise ValueError(f"{option}: must be at most {most[name]}")
+        if name in ("teacher_lr", "lr") and not 0 < value < math.inf:
+            raise ValueError(f"{option}: must be above 0, and finite")
+        if name == "dropout" and not 0 <= value < 1:
+            raise ValueError(f"{option}: must be at least 0, and below 1")
+        if name == "d_model" and value % 32:
+            raise ValueError(f"{option}: not a multiple of 32")
     return args
 
 
@@ -366,7 +378,9 @@ def start_run(args, pairs):
         args.dtype = str(dtype).removeprefix("torch.")  # settled once, also for --resume
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
-        write_json({k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}, out / "args.json")
+    settings = {name: value for name, value in vars(args).items() if name not in ON_RESUME}
+    if not args.resume or settings != read_json(out / "args.json"):
+        write_json(settings, out / "args.json")
     if not args.resume or not (out / "valid.safetensors").exists():  # anew: one there is of another tokenizer
         probe = [pairs["valid"][i] for i in probe_rows(len(pairs["valid"]))]
         save_batches(Batches(encode_pairs(tokenizer, probe, args.max_length)[0], args.batch_tokens, tokenizer.pad_id,
@@ -539,8 +553,8 @@ class Scorer:
         self.valid_batches = [batches[k] for k in range(len(batches))]
 
     def forget(self, name):
-        """Drop the rows that begin with that name: these models are trained anew."""
-        kept = {row: scores for row, scores in self.rows.items() if not row.startswith(name)}
+        """Drop the rows of that kind, "assembly", or of that one model, "kd 6+1": it is trained anew."""
+        kept = {row: scores for row, scores in self.rows.items() if row != name and not row.startswith(f"{name} ")}
         if kept != self.rows:
             self.rows = kept
             self.write()

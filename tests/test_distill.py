@@ -602,6 +602,15 @@ def test_gradients_do_not_pile_up():
         "three equal steps that move nothing have equal gradients: each must start from none"
 
 
+def test_a_step_whose_encoder_paths_had_no_choice_logs_no_rate():
+    teacher, seen = tiny(), []
+    for seed in range(12):
+        bank = mod.Bank(teacher, {"encoder": [2], "decoder": [2]})
+        d.train_modules(teacher, bank, [(SOURCE, TARGET)], 1, lr=0.0, seed=seed, rate_start=1.0, log=seen.append)
+    assert all(record["rate_decoder"] == 1.0 for record in seen)
+    assert {str(record["rate_encoder"]) for record in seen} == {"1.0", "nan"}, "at rate 1 never 0: there was no draw"
+
+
 def test_module_replacing_with_distillation_runs_without_dropout():
     records = {}
     for rate in (0.0, 1.0):

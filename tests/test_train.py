@@ -120,7 +120,9 @@ def test_settings_by_default(options, settings):
     (["--prefix", "translate: "], "--prefix needs --train, --valid and --test"),
     (FILES[:4], "go together; only train, valid came"), (["--d-model", "48"], "--d-model 48: not a multiple of 32"),
     (["--lr", "-1"], "--lr -1.0: must be above 0"), (["--teacher-lr", "nan"], "--teacher-lr nan: must be above 0"),
-    (["--lr", "inf"], "--lr inf: must be above 0, and finite"), (["--seed", "4294967296"], "must be below 4294967296")))
+    (["--lr", "inf"], "--lr inf: must be above 0, and finite"), (["--seed", "4294967296"], "must be at most 4294967295"),
+    (["--vocab", "1000000000000"], "--vocab 1000000000000: must be at most 1000000"),
+    (["--layers", "100000"], "--layers 100000: must be at most 1000")))
 def test_settings_that_do_not_go_together(options, words):
     with pytest.raises(ValueError, match=words):
         train.parse_args(options)
@@ -657,9 +659,58 @@ def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, edit,
     assert not (tmp_path / "run").exists(), "nothing is left half-written"
 
 
-def test_resume_takes_no_other_settings(finished, capsys):
-    assert train.main(["--resume", "--out", str(finished), "--steps", "7"]) == 2
-    assert "--steps" in capsys.readouterr().err, "a changed option is refused, not silently dropped"
+@pytest.mark.parametrize("option, value", (("--steps", "7"), ("--seed", "0"), ("--init", "calibrated"),
+                                           ("--num-beams", "1"), ("--prefix", "")))
+def test_resume_takes_no_other_settings(finished, capsys, option, value):
+    assert train.main(["--resume", "--out", str(finished), option, value]) == 2
+    assert option in capsys.readouterr().err, "an option is refused, not silently dropped, a default's value, too"
+
+
+@pytest.mark.parametrize("option, value", (("--batch-tokens", "0"), ("--lr", "nan"), ("--teacher-lr", "-1")))
+def test_resume_checks_what_it_takes(finished, capsys, option, value):
+    before = (finished / "args.json").read_bytes()
+    assert train.main(["--resume", "--out", str(finished), option, value]) == 2
+    assert f"{option} {value}" in capsys.readouterr().err.replace(".0", "")
+    assert (finished / "args.json").read_bytes() == before
+
+
+def test_what_an_error_advises_can_be_done(files, tmp_path, capsys, monkeypatch):
+    """Out of memory, or a loss that is not finite: --resume goes on with fewer tokens a batch, or a lower rate."""
+    out, run, seen = tmp_path / "run", distill.losses, []
+
+    def full(student, source, *rest, **options):
+        if source.size(0) > 4:
+            torch.empty(10**15)
+        seen.append(source.size(0))
+        return run(student, source, *rest, **options)
+    monkeypatch.setattr(distill, "losses", full)
+    assert train.main([*data_args(files), *SMALL, "--out", str(out)]) == 2
+    assert "lower --batch-tokens" in capsys.readouterr().err.splitlines()[-1] and not seen
+    assert train.main(["--resume", "--out", str(out), "--batch-tokens", "40", "--lr", "1e-3"]) == 0
+    assert seen and max(seen) <= 4
+    assert {"batch_tokens": 40, "lr": 1e-3}.items() <= json.loads((out / "args.json").read_text()).items(), \
+        "they are the run's settings from now on"
+
+
+def test_a_run_begun_anew_makes_its_own_validation_sample(finished, files, tmp_path):
+    """That of the run before it may be of another tokenizer."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "valid.safetensors").write_bytes(b"of another run")
+    train.start_run(args := train.parse_args([*data_args(files), *SMALL, "--out", str(tmp_path / "run")]),
+                    train.read_data(args))
+    assert (tmp_path / "run" / "valid.safetensors").read_bytes() == (finished / "valid.safetensors").read_bytes()
+
+
+def test_a_model_trained_anew_takes_only_its_own_scores_away(finished):
+    args = train.parse_args(["--resume", "--out", str(finished), "--device", "cpu"])
+    scorer = train.Scorer.__new__(train.Scorer)
+    scorer.args, scorer.file = args, finished / "forgotten.json"
+    scorer.rows = dict.fromkeys(("teacher", "assembly 6+1", "assembly 2+2", "kd 6+1", "kd 6+12"), {})
+    scorer.forget("kd 6+1")
+    assert list(scorer.rows) == ["teacher", "assembly 6+1", "assembly 2+2", "kd 6+12"]
+    scorer.forget("assembly")
+    assert list(scorer.rows) == ["teacher", "kd 6+12"]
+    scorer.file.unlink()
 
 
 @pytest.mark.parametrize("left", (None, ".", "spiece.model", "args.json.part"))
@@ -770,6 +821,7 @@ def test_a_loss_that_explodes_is_one_line(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("where, words", (
     ("losses", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
+    ("optimizer", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
     ("pseudo-labels", ("pseudo-labels: 4 beams for 64 sentences", "--max-length")),
     ("scoring", ("teacher: 3 beams for 10 sentences", "--max-length"))))
 def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, words):
@@ -777,6 +829,9 @@ def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, 
         torch.empty(10**15)
     if where == "losses":
         monkeypatch.setattr(distill, "losses", full)
+        err = fails(files, tmp_path / "run", capsys)
+    elif where == "optimizer":  # its two moments, as large as the weights, come with the first step
+        monkeypatch.setattr(torch.optim.AdamW, "step", full)
         err = fails(files, tmp_path / "run", capsys)
     else:
         monkeypatch.setattr(train, "show_sample", lambda *_: None)
