@@ -120,7 +120,8 @@ def test_settings_by_default(options, settings):
     (["--prefix", "translate: "], "--prefix needs --train, --valid and --test"),
     (FILES[:4], "go together; only train, valid came"), (["--d-model", "48"], "--d-model 48: not a multiple of 32"),
     (["--lr", "-1"], "--lr -1.0: must be above 0"), (["--teacher-lr", "nan"], "--teacher-lr nan: must be above 0"),
-    (["--lr", "inf"], "--lr inf: must be above 0, and finite"), (["--seed", "4294967296"], "must be at most 4294967295"),
+    (["--lr", "inf"], "--lr inf: must be above 0, and finite"),
+    (["--seed", "4294967296"], "--seed 4294967296: must be at most 4294967295"),
     (["--vocab", "1000000000000"], "--vocab 1000000000000: must be at most 1000000"),
     (["--layers", "100000"], "--layers 100000: must be at most 1000")))
 def test_settings_that_do_not_go_together(options, words):
