@@ -335,10 +335,13 @@ def speedup(teacher, model, source, tokens=24, rounds=7):
 
 def export(model, tokenizer_file, folder):
     """Write `model` with its tokenizer as a T5 folder that this project and Hugging Face read. The folder appears only
-    when complete. Raises ValueError if it is there already."""
+    when complete. Raises ValueError if it is there already, or if something else has the name it has until then."""
     folder, part, tokenizer = Path(folder), Path(f"{folder}.part"), Tokenizer(tokenizer_file)
     if folder.exists():
         raise ValueError(f"{folder}: is there already: choose another --out, or remove it")
+    ours = {"config.json", "generation_config.json", "model.safetensors", "spiece.model", "tokenizer_config.json"}
+    if part.exists() and not (part.is_dir() and {f.name.removesuffix(".part") for f in part.iterdir()} <= ours):
+        raise ValueError(f"{part}: is in the way, and not what an interrupted export left: choose another --out")
     shutil.rmtree(part, ignore_errors=True)
     try:
         save_t5(model, part)
@@ -414,8 +417,9 @@ def parse_args(argv):
         raise ValueError("give one of --ratio, --speedup, --params, --list, or --encoder with --decoder")
     if bool(args.encoder) != bool(args.decoder):
         raise ValueError("--encoder and --decoder go together")
-    if (args.params is not None or args.list) and args.strategy != "search":
-        raise ValueError(f"{'--list' if args.list else '--params'} goes with --strategy search, not {args.strategy}")
+    if (args.params is not None or args.list or args.encoder) and args.strategy != "search":
+        option = "--list" if args.list else "--encoder" if args.encoder else "--params"
+        raise ValueError(f"{option} goes with --strategy search, not {args.strategy}")
     if args.out and (args.list or args.out.exists()):
         raise ValueError(f"--out {args.out}: " + ("--list writes no model" if args.list else
                                                   "is there already: choose another, or remove it"))
@@ -463,7 +467,8 @@ def assemblies(teacher, bank):
 
 
 def print_frontier(teacher, bank, damage, speed, params):
-    """All pairs of depths that no faster pair beats: a Markdown table, from the teacher to the smallest."""
+    """All pairs of depths that no faster pair beats: a Markdown table, from the largest, the teacher unless a model's
+    estimate is below 0, to the smallest."""
     best = [(len(paths["encoder"]), len(paths["decoder"]), estimate, paths)
             for estimate, paths in candidates(teacher, bank, damage, lambda e, d: True)]
     print(f"{assemblies(teacher, bank):,} assemblies; worth choosing, by estimated damage in nats a token over "

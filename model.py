@@ -11,6 +11,7 @@ Read it downwards: config, norm, positions, attention, layers, stack, T5, genera
 """
 import argparse
 import functools
+import inspect
 import io
 import json
 import math
@@ -921,7 +922,7 @@ def command_line(run):
                 raise
             text = str(error) or "out of memory"  # Python's own MemoryError says nothing
             line = "".join(c if c.isprintable() else " " for c in text)  # it may quote a file from anywhere
-            print(f"{Path(run.__code__.co_filename).name}: {line}", file=sys.stderr)
+            print(f"{Path(inspect.unwrap(run).__code__.co_filename).name}: {line}", file=sys.stderr)
             return 2
         return 0
     return main

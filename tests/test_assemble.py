@@ -612,6 +612,23 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
         assert size == f"{a.parameters(a.assemble(teacher, bank, paths)):,}", "the parameters of that very assembly"
 
 
+def test_export_removes_nothing_but_what_an_export_left(run_folder, tmp_path):
+    model, (part, out) = tiny(), (tmp_path / "out.part", tmp_path / "out")
+    (part / "keep").mkdir(parents=True)
+    with pytest.raises(ValueError, match="out.part: is in the way"):
+        a.export(model, run_folder / "spiece.model", out)
+    assert (part / "keep").exists() and not out.exists()
+    (part / "keep").rmdir()
+    (part / "model.safetensors.part").write_bytes(b"half")  # of one that was killed
+    a.export(model, run_folder / "spiece.model", out)
+    assert out.exists() and not part.exists()
+
+
+def test_spans_by_hand_take_no_strategy():
+    with pytest.raises(ValueError, match="--encoder goes with --strategy search, not size-first"):
+        a.parse_args(["run", "--encoder", "2,2", "--decoder", "4", "--strategy", "size-first"])
+
+
 def test_list_has_no_slower_assembly_of_equal_damage(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(a, "seconds", lambda model, source, tokens: 1.0 + sum(model.depths.values()))
     monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: every_damage(bank))
@@ -714,9 +731,9 @@ def test_failed_export_leaves_nothing(assembly, run_folder, tmp_path, monkeypatc
 
 def test_export_after_a_crash(assembly, run_folder, tmp_path):
     (tmp_path / "small.part").mkdir()
-    (tmp_path / "small.part" / "pytorch_model.bin").write_bytes(b"half")
+    (tmp_path / "small.part" / "model.safetensors.part").write_bytes(b"half")
     a.export(assembly[2], run_folder / "spiece.model", tmp_path / "small")
-    assert not (tmp_path / "small" / "pytorch_model.bin").exists(), "what a killed run left must not get in"
+    assert not (tmp_path / "small" / "model.safetensors.part").exists(), "what a killed run left must not get in"
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 

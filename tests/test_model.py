@@ -336,6 +336,11 @@ def test_attention_with_a_cache_is_the_one_without():
                 f"0 to {t}, each with the position bias of its distance from {t}"
 
 
+def test_a_line_of_model_py_names_model_py(tmp_path, capsys):
+    assert m.main([str(tmp_path / "none"), "a"]) == 2
+    assert capsys.readouterr().err.startswith("model.py: "), "not the file of a decorator"
+
+
 def test_the_caches_bias_is_a_row_of_the_stacks_and_takes_memory_by_the_length_alone():
     model, x = tiny(), torch.tensor([[5, 6, 1]])
     cache, bias = m.Cache(model, model.encode(x).hidden, x != 0, 200), model.decoder.position_bias(200)
