@@ -279,10 +279,10 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
             for term, value in terms.items():
                 total[term] = total.get(term, 0.0) + value / len(grains["decoder"])
             for stack in STACKS:
-                rates[stack] += [realised_rate(paths[stack], spans[stack])] if spans[stack] else []
-        # NaN, null in log.jsonl, where every encoder path was the teacher's own: none had a choice.
-        return total, {"rate": rate, **{f"rate_{stack}": sum(own) / len(own) if own else 0.0 if not bank.spans[stack]
-                                        else math.nan for stack, own in rates.items()}}
+                if spans[stack] or not bank.spans[stack]:  # not where the teacher's own layers were drawn: no choice
+                    rates[stack].append(realised_rate(paths[stack], spans[stack]))
+        return total, {"rate": rate, **{f"rate_{stack}": sum(own) / len(own) if own else math.nan  # null in log.jsonl
+                                        for stack, own in rates.items()}}
 
     fit(bank, step_loss, batches, steps, seed=seed, weights=weights, lr_factors=lr_factors, **loop)
     bank.eval()

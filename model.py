@@ -363,7 +363,8 @@ class Cache:
         self.positions = torch.zeros(1, dtype=torch.long, device=memory.device)
         self.kind = self.graph = None  # (rows, visible keys) of a step, and its CUDA graph
         distance = torch.arange(1 - max_length, max_length, device=memory.device)  # all that there can be
-        self.bias_of, self.places = model.decoder.bias_at(distance[None]), distance[max_length - 1:]
+        self.bias_of = model.decoder.bias_at(distance[None])
+        self.places = distance[max_length - 1:] + (max_length - 1)  # in it, of each key, seen from position 0
         self.memory_bias = mask_out(memory.new_zeros(()), ~memory_mask[:, None, None, :])
 
     def advance(self):
@@ -377,7 +378,7 @@ class Cache:
 
     def bias(self):
         """(1, H, 1, visible): the row of `Stack.position_bias` for the present position."""
-        return self.bias_of[..., self.places[:self.visible] - self.positions + (self.max_length - 1)]
+        return self.bias_of[..., self.places[:self.visible] - self.positions]
 
     def replay(self, run, token):
         """run(token), by a CUDA graph: at the second step of a kind its kernels are recorded, and from then on replayed

@@ -55,9 +55,9 @@ REAL = dict(dtype="auto", metric="bleu", targets="teacher", dropout=0.1, layers=
             max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning, of a tensor's size too
                  self_distill_steps=0)            # not tried with T5's weights
-ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # these do not
-ON_RESUME = ("out", "resume", "device")  # of the command line, not of the run
-LOWERED = ("batch_tokens", "lr", "teacher_lr")  # so are these where --resume has them: what an error line may ask for
+ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # what does not differ
+NOT_OF_THE_RUN = ("out", "resume", "device")  # each command line has its own
+CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: what an error line may ask to lower
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
 PORTION = 4096  # so many of these are made, and written, at a time
@@ -105,17 +105,19 @@ def parse_args(argv):
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
     args = p.parse_args(argv)
     if args.resume:
-        given = {name: value for name, value in vars(args).items() if name not in ON_RESUME and value is not None}
-        for name in set(given) - set(LOWERED):
-            raise ValueError(f"--resume keeps the run's own settings: leave out --{name.replace('_', '-')}")
+        given = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN and value is not None}
+        for name in given:
+            if name not in CHANGEABLE:
+                raise ValueError(f"--resume keeps the run's own settings: leave out --{name.replace('_', '-')}")
         if not (args.out / "args.json").exists():
             raise ValueError(f"{args.out}: holds no run to go on with: begin one without --resume")
         settings = read_json(args.out / "args.json")
-        missing = set(vars(args)) - set(settings) - set(ON_RESUME)
+        missing = set(vars(args)) - set(settings) - set(NOT_OF_THE_RUN)
         if missing:
             raise ValueError(f"{args.out / 'args.json'}: lacks {', '.join(sorted(missing))}")
-        return check_numbers(argparse.Namespace(**{**settings, **given, "out": args.out, "device": args.device,
-                                                   "resume": True}))
+        args = argparse.Namespace(**{**settings, **given, "out": args.out, "device": args.device, "resume": True})
+        check_numbers(args)
+        return args
     given = [name for name in ("train", "valid", "test") if getattr(args, name)]
     if len(given) not in (0, 3):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
@@ -142,7 +144,7 @@ def parse_args(argv):
 
 
 def check_numbers(args):
-    """The settings, if all numbers are possible ones. Raises ValueError naming the option that is not."""
+    """Raise ValueError, naming the option, for a setting that is no possible number."""
     least = dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1, teacher_steps=0,
                  self_distill_steps=0, seed=0)
     most = dict(layers=1000, vocab=1_000_000, seed=(1 << 32) - 1)  # a slip of the finger would take for ever to fail
@@ -158,7 +160,6 @@ def check_numbers(args):
             raise ValueError(f"{option}: must be at least 0, and below 1")
         if name == "d_model" and value % 32:
             raise ValueError(f"{option}: not a multiple of 32")
-    return args
 
 
 def span_lengths(text):
@@ -378,7 +379,7 @@ def start_run(args, pairs):
         args.dtype = str(dtype).removeprefix("torch.")  # settled once, also for --resume
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(out)
-    settings = {name: value for name, value in vars(args).items() if name not in ON_RESUME}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
     if not args.resume or settings != read_json(out / "args.json"):
         write_json(settings, out / "args.json")
     if not args.resume or not (out / "valid.safetensors").exists():  # anew: one there is of another tokenizer

@@ -614,11 +614,13 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
 
 def test_export_removes_nothing_but_what_an_export_left(run_folder, tmp_path):
     model, (part, out) = tiny(), (tmp_path / "out.part", tmp_path / "out")
-    (part / "keep").mkdir(parents=True)
-    with pytest.raises(ValueError, match="out.part: is in the way"):
-        a.export(model, run_folder / "spiece.model", out)
-    assert (part / "keep").exists() and not out.exists()
-    (part / "keep").rmdir()
+    part.mkdir()
+    for other in (part / "keep", part / "pytorch_model.bin"):
+        other.mkdir() if other.name == "keep" else other.write_bytes(b"of something else")
+        with pytest.raises(ValueError, match="out.part: is in the way"):
+            a.export(model, run_folder / "spiece.model", out)
+        assert other.exists() and not out.exists()
+        other.rmdir() if other.name == "keep" else other.unlink()
     (part / "model.safetensors.part").write_bytes(b"half")  # of one that was killed
     a.export(model, run_folder / "spiece.model", out)
     assert out.exists() and not part.exists()

@@ -687,9 +687,11 @@ def test_what_an_error_advises_can_be_done(files, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(distill, "losses", full)
     assert train.main([*data_args(files), *SMALL, "--out", str(out)]) == 2
     assert "lower --batch-tokens" in capsys.readouterr().err.splitlines()[-1] and not seen
-    assert train.main(["--resume", "--out", str(out), "--batch-tokens", "40", "--lr", "1e-3"]) == 0
+    assert train.main(["--resume", "--out", str(out), "--batch-tokens", "40", "--lr", "1e-3",
+                       "--teacher-lr", "2e-3"]) == 0
     assert seen and max(seen) <= 4
-    assert {"batch_tokens": 40, "lr": 1e-3}.items() <= json.loads((out / "args.json").read_text()).items(), \
+    settings = json.loads((out / "args.json").read_text(encoding="utf-8"))
+    assert {"batch_tokens": 40, "lr": 1e-3, "teacher_lr": 2e-3}.items() <= settings.items(), \
         "they are the run's settings from now on"
 
 
@@ -702,16 +704,15 @@ def test_a_run_begun_anew_makes_its_own_validation_sample(finished, files, tmp_p
     assert (tmp_path / "run" / "valid.safetensors").read_bytes() == (finished / "valid.safetensors").read_bytes()
 
 
-def test_a_model_trained_anew_takes_only_its_own_scores_away(finished):
+def test_a_model_trained_anew_takes_only_its_own_scores_away(finished, tmp_path):
     args = train.parse_args(["--resume", "--out", str(finished), "--device", "cpu"])
     scorer = train.Scorer.__new__(train.Scorer)
-    scorer.args, scorer.file = args, finished / "forgotten.json"
+    scorer.args, scorer.file = args, tmp_path / "results.json"
     scorer.rows = dict.fromkeys(("teacher", "assembly 6+1", "assembly 2+2", "kd 6+1", "kd 6+12"), {})
     scorer.forget("kd 6+1")
     assert list(scorer.rows) == ["teacher", "assembly 6+1", "assembly 2+2", "kd 6+12"]
     scorer.forget("assembly")
     assert list(scorer.rows) == ["teacher", "kd 6+12"]
-    scorer.file.unlink()
 
 
 @pytest.mark.parametrize("left", (None, ".", "spiece.model", "args.json.part"))
