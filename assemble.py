@@ -85,7 +85,7 @@ def choose_depths(ratio, strategy, encoder, decoder):
 
     size-first shrinks both stacks by the same share: of all models with that many layers the most even one.
     speed-first takes the decoder's layers first: they run once a token, the encoder's once a sentence.
-    Raises ValueError when no pair comes within 5 % of the ratio, and says which ratios there are.
+    Raises ValueError when no pair comes within 5 % of the ratio, and says which ratios there are; and for another word.
     """
     full = encoder[-1] + decoder[-1]
     pairs = [(e, d) for e in encoder for d in decoder]
@@ -196,8 +196,8 @@ def read_damages(run, teacher, bank, batches):
 
 
 @quick_products()  # copies are made in the first two rounds: one does not count, one the median leaves out
-def layer_seconds(teacher, source, tokens=24, rounds=5):
-    """(fixed, one encoder layer, one decoder layer): seconds of generating `tokens` positions for `source`, none below
+def layer_seconds(teacher, source):
+    """(fixed, one encoder layer, one decoder layer): seconds of generating 24 positions for `source`, none below
     0, fitted to the measured times of four depths. The errors' squares are summed as shares of the times, or the
     noise in those of large models would swamp those of small ones. All layers of a stack have one shape, so that a
     model's time follows from its depths."""
@@ -205,7 +205,7 @@ def layer_seconds(teacher, source, tokens=24, rounds=5):
     shapes = sorted({(e, d) for e in (1, n["encoder"]) for d in (1, n["decoder"])})
     models = [with_layers(teacher, {"encoder": teacher.encoder.layers[:e], "decoder": teacher.decoder.layers[:d]})
               for e, d in shapes]
-    times = [[seconds(model, source, tokens) for model in models] for _ in range(rounds + 1)][1:]
+    times = [[seconds(model, source, tokens=24) for model in models] for _ in range(6)][1:]
     median = torch.tensor(times, dtype=torch.float64).median(0).values
     rows = torch.tensor([(1.0, e, d) for e, d in shapes], dtype=torch.float64) / median[:, None]
     return torch.linalg.lstsq(rows, torch.ones_like(median), driver="gelsd").solution.clamp(min=0).tolist()
@@ -454,7 +454,7 @@ def search_budget(args, teacher, bank, source):
 
 
 def count(text):
-    """"40M" -> 40,000,000; "500K" and plain numbers, too."""
+    """"40M" -> 40,000,000; "500K" and plain numbers, too. Raises ArgumentTypeError."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)([KMB]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text}: not a number such as 40M")

@@ -26,14 +26,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import StackOutput, memory_for, new_file
+from model import StackOutput, memory_for, new_file, out_of_memory
 from modules import STACKS, by_granularity, evenly, realised_rate, replacement_rate, sample_path, with_layers
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
 CE_ONLY = {"ce": 1.0}
 
 
-# ---- the losses: N counts the non-pad target tokens, V the vocabulary
+# ---- the losses: N counts the real tokens that a loss looks at, targets but where a mask says so, V the vocabulary
 
 def cross_entropy(student, targets):
     """L_ce = -1/N sum_n log p_student(y_n | y_<n, x).  log p (N, V), targets (N,) -> scalar."""
@@ -43,7 +43,8 @@ def cross_entropy(student, targets):
 def logit_distillation(student, teacher):
     """L_kd = 1/N sum_n KL(p_teacher || p_student), both at temperature 1.  Two log p (N, V) -> scalar.
 
-    The mean is over tokens: torch's "batchmean" would divide by the batch and grow with the sentences' length.
+    The mean is over tokens. Of (B, T, V), as others have it, torch's "batchmean" would be the mean over sentences, and
+    grow with their length.
     """
     return F.kl_div(student, teacher, reduction="sum", log_target=True) / over_processes(len(student), student)
 
@@ -61,7 +62,7 @@ def hidden_distillation(student, teacher, mask):
 def attention_distillation(student, teacher, mask):
     """L_att = 1/(N H) sum_n,h KL(a_teacher || a_student) of the distributions over keys.
 
-    Two (L, B, H, T, K), the probabilities in L layers, mask (B, T) of the query tokens -> (L,). Keys that the mask
+    Two (L, B, H, T, K), the probabilities in L layers, mask (B, T) of the N query tokens -> (L,). Keys that padding
     hides have probability 0 in both and add nothing; 1e-9 keeps the logarithm finite where only the student's
     underflows.
     """
@@ -346,9 +347,9 @@ def pick_dtype(name, device, d_model):
     return torch.bfloat16 if timed(torch.bfloat16) < 0.7 * timed(torch.float32) else torch.float32
 
 
-def learning_rate(step, steps, peak, warmup=0.05):
+def learning_rate(step, steps, peak):
     """Linear up to `peak` over the first 5 % of the steps, then linear towards 0."""
-    rise = max(1, round(warmup * steps))
+    rise = max(1, round(0.05 * steps))
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
@@ -373,8 +374,8 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
     log(record) receives a dict every 1 % of the steps; in float16 its "skipped" counts the steps since the last one
     whose gradients overflowed, which move nothing. checkpoint: a path, written every `save_every` seconds.
     Under torchrun every process takes its share of each batch's rows; the first alone logs and writes.
-    Raises FloatingPointError, naming the step and the terms, for a loss that is not finite, and MemoryError, naming
-    the step and the batch's shape.
+    Raises FloatingPointError, naming the step and the terms, for a loss or a gradient that is not finite, before it
+    moves anything; MemoryError, naming the step and the batch's shape; ValueError for a damaged checkpoint.
     """
     parameters = list(trained.parameters())
     device = parameters[0].device
@@ -402,15 +403,16 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
             norm = torch.zeros(())
             if moves := loss.requires_grad:  # not so where Theseus drew the teacher's own layers alone
                 scaler.scale(loss).backward()
-            if not torch.isfinite(loss):
-                values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
-                raise FloatingPointError(f"{name}: the loss is not finite at step {step}: {values}; a lower learning "
-                                         f"rate may help (--teacher-lr, --lr)")
-            if moves:
                 if world > 1:
                     average_gradients(parameters)
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not torch.isfinite(loss if scaler.is_enabled() else loss + norm):  # in float16 gradients may overflow
+                what = "gradient" if torch.isfinite(loss) else "loss"
+                values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
+                raise FloatingPointError(f"{name}: the {what} is not finite at step {step}: {values}; a lower "
+                                         f"learning rate may help (--teacher-lr, --lr)")
+            if moves:
                 for group in optimizer.param_groups:
                     group["lr"] = group["size"] * learning_rate(step, steps, lr)
                 scale = scaler.get_scale()
@@ -457,7 +459,8 @@ def save_checkpoint(state, path):
 
 
 def load_checkpoint(path, name):
-    """The dict that `fit` wrote in stage `name`, or None if there is none. Raises ValueError for a damaged file."""
+    """The dict that `fit` wrote in stage `name`, or None if there is none. Raises ValueError for a damaged file,
+    MemoryError for one that is too large."""
     if path is None or not os.path.exists(path):
         return None
     try:
@@ -465,6 +468,8 @@ def load_checkpoint(path, name):
     except OSError:
         raise  # not to be read, which does not make it damaged
     except Exception as error:  # whatever torch's parsers raise
+        if out_of_memory(error):
+            raise MemoryError(f"out of memory: {path}") from None
         raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
     if not {"stage", "step", "sizes", "weights", "optimizer", "scaler"} <= state.keys():
         raise ValueError(f"{path}: of another version: remove it to begin this stage anew")

@@ -507,10 +507,11 @@ class T5(nn.Module):
         Greedy for one beam, else beam search with Hugging Face's semantics. Sentences that have ended leave the
         batch (`Cache.worth_selecting` says when), and no row reads another's, so a row's output does not depend on its
         batch (exactly in float32 but for ties: the order of a sum changes with the batch's shape). Raises ValueError
-        for counts below 1.
+        for counts below 1, B among them.
         """
-        if max_new_tokens < 1 or num_beams < 1:
-            raise ValueError(f"max_new_tokens ({max_new_tokens}) and num_beams ({num_beams}) must be at least 1")
+        if min(len(input_ids), max_new_tokens, num_beams) < 1:
+            raise ValueError(f"sentences ({len(input_ids)}), max_new_tokens ({max_new_tokens}) and num_beams "
+                             f"({num_beams}) must be at least 1")
         mask, training = input_ids != self.config.pad_token_id, self.training
         self.eval()
         try:
@@ -636,7 +637,7 @@ def read_safetensors(path):
     """Read a file: 8 bytes little-endian header length, a JSON header {name: dtype, shape, data_offsets}, raw data
     (https://github.com/huggingface/safetensors#format). Offsets (begin, end) count from the end of the header; tensors
     follow each other without a gap, their names in the header stand in any order, beside an optional "__metadata__".
-    Returns {name: tensor}; raises ValueError, "FILE: truncated or not a safetensors file: ..."."""
+    Returns {name: tensor}; raises ValueError, "FILE: truncated or not a safetensors file: ...", or MemoryError."""
     tensors, size, end_of_data = {}, Path(path).stat().st_size, 0
     with open(path, "rb") as f:
         try:
@@ -654,6 +655,8 @@ def read_safetensors(path):
                 tensors[name], end_of_data = torch.empty(shape, dtype=dtype), end
                 f.readinto(tensors[name].flatten().view(torch.uint8).numpy())
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):  # not the file's fault: no tensor is larger than it
+                raise MemoryError(f"out of memory: {path}") from None
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path}: truncated or not a safetensors file: {reason}") from None
     return tensors
@@ -760,7 +763,8 @@ def read_shards(index):
 
 
 def read_bin(path):
-    """A PyTorch weight file -> {name: tensor}; no pickled code is run. Raises ValueError naming the file."""
+    """A PyTorch weight file -> {name: tensor}; no pickled code is run. Raises ValueError naming the file, or
+    MemoryError."""
     try:
         if zipfile.is_zipfile(path):  # torch stores tensors as they are; packed, a small file could fill the memory
             with zipfile.ZipFile(path) as entries:
@@ -770,6 +774,8 @@ def read_bin(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever torch's parsers raise
+        if out_of_memory(error):
+            raise MemoryError(f"out of memory: {path}") from None
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a PyTorch weight file: {reason}") from None
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
@@ -778,7 +784,8 @@ def read_bin(path):
 
 
 def read_weights(folder):
-    """{name: tensor} from the weight file in `folder`, or from the shards of its index."""
+    """{name: tensor} from the weight file in `folder`, or from the shards of its index. Raises FileNotFoundError, and
+    as `read_shards`, `read_safetensors` and `read_bin`."""
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         files = [name] if (folder / name).exists() else read_shards(index) if index.exists() else []
@@ -866,7 +873,8 @@ def find_t5(path):
 
 
 def fetch_weights(base, folder):
-    """Fetch the first of WEIGHT_FILES that exists there, or the shards of its index; what is here already, first."""
+    """Fetch the first of WEIGHT_FILES that exists there, or the shards of its index; what is here already, first.
+    Raises OSError, FileNotFoundError if there are none."""
     names = [name + suffix for name in WEIGHT_FILES for suffix in ("", ".index.json")]
     for name in sorted(names, key=lambda name: not (folder / name).exists()):
         try:
@@ -930,8 +938,9 @@ def command_line(run):
 
 
 def out_of_memory(error):
-    """Is it torch's? torch.OutOfMemoryError on a GPU; on a CPU it has no class of its own."""
-    return isinstance(error, RuntimeError) and bool(re.search("out of memory|tried to allocate", str(error)))
+    """Is it that, Python's or torch's? torch.OutOfMemoryError on a GPU; on a CPU torch has no class of its own."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(re.search("out of memory|tried to allocate", str(error))))
 
 
 @contextmanager

@@ -54,7 +54,8 @@ REAL = dict(dtype="auto", metric="bleu", targets="teacher", dropout=0.1, layers=
             batch_tokens=4096, teacher_steps=4700, self_distill_steps=1880, steps=1880, teacher_lr=3e-2, lr=3e-2,
             max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning, of a tensor's size too
-                 self_distill_steps=0)            # not tried with T5's weights
+                 self_distill_steps=0,            # not tried with T5's weights
+                 layers=None, d_model=None, dropout=None, vocab=None)  # it brings its own
 ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # what does not differ
 NOT_OF_THE_RUN = ("out", "resume", "device")  # each command line has its own
 CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: what an error line may ask to lower
@@ -65,7 +66,8 @@ PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy
 
 
 def parse_args(argv):
-    """The command line -> argparse.Namespace, with the toy run's or a real run's settings where none were given."""
+    """The command line -> argparse.Namespace, with the toy run's or a real run's settings where none were given. Raises
+    ValueError for options that are wrong or do not go together, or a run that --resume cannot go on with."""
     p = Parser(description="Train a bank of modules for a T5 and assemble smaller T5s from it.")
     p.add_argument("--train", nargs="+", metavar="FILE", help="one .tsv or .jsonl, or two parallel text files")
     p.add_argument("--valid", nargs="+", metavar="FILE")
@@ -147,9 +149,11 @@ def check_numbers(args):
     """Raise ValueError, naming the option, for a setting that is no possible number."""
     least = dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1, teacher_steps=0,
                  self_distill_steps=0, seed=0)
-    most = dict(layers=1000, vocab=1_000_000, seed=(1 << 32) - 1)  # a slip of the finger would take for ever to fail
+    most = dict(layers=300, vocab=1_000_000, seed=(1 << 32) - 1)  # a slip of the finger would take for ever to fail
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')} {value}"
+        if value is None:  # of a teacher that brings its own
+            continue
         if name in least and value < least[name]:
             raise ValueError(f"{option}: must be at least {least[name]}")
         if name in most and value > most[name]:
@@ -539,7 +543,8 @@ def show_sample(teacher, bank, tokenizer, pair, args):
 
 
 class Scorer:
-    """Scores models on the test pairs, one row each, and keeps results.json up to date."""
+    """Scores models on the test pairs, one row each, and keeps results.json up to date. Raises ValueError for one that
+    holds something else."""
     def __init__(self, args, tokenizer, pairs, teacher):
         self.args, self.tokenizer, self.pairs, self.teacher = args, tokenizer, pairs["test"], teacher
         self.file, self.rows = args.out / "results.json", {}

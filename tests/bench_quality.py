@@ -17,6 +17,7 @@ bank of the run's seed. Several processes may work on one run, with a part or a 
 Remove RUN/study after a change of the recipe.
 """
 import argparse
+import fcntl
 import math
 import random
 import sys
@@ -136,7 +137,9 @@ class Study:
         key = f"{title}|{row}|{self.args.seed if row == 'teacher' else seed}"
         if key not in self.results():
             value = {**measure(), "date": time.strftime("%Y-%m-%d")}
-            write_json({**self.results(), key: value}, self.file)  # read again: another process may have added to it
+            with open(self.folder / "lock", "w") as lock:  # one process at a time, and read again: others add to it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                write_json({**self.results(), key: value}, self.file)
             print(key, value, flush=True)
         return self.results()[key]
 

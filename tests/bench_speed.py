@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assemble import assemble, bytes_read, even_paths, export, parameters, possible_speedup, seconds
 from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus, train_tokenizer
-from distill import CE_ONLY, WEIGHTS, losses, shift_right, shrink, train_modules, train_student
+from distill import CE_ONLY, WEIGHTS, losses, shrink, train_modules, train_student
 from model import T5, Parser, T5Config, checkpoint_name, command_line, load_t5, quick_products
-from modules import STACKS, Bank
+from modules import Bank
 from train import keep_heap
 
 HERE = dict(eos_token_id=0, pad_token_id=1, decoder_start_token_id=5)  # ids that random weights do not run into

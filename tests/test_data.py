@@ -9,7 +9,6 @@ The tests that want real data (Multi30k, T5's spiece.model) look in ../shared an
 import io
 import json
 import random
-import re
 import sys
 import time
 from pathlib import Path

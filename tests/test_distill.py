@@ -843,6 +843,15 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path):
         d.load_checkpoint(tmp_path / "checkpoint.pt", "sft")
 
 
+def test_a_checkpoint_too_large_for_the_memory_is_not_damaged(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1500000000 bytes.")
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError, match="out of memory: .*checkpoint.pt"):
+        d.load_checkpoint(tmp_path / "checkpoint.pt", "sft")
+
+
 # ----------------------------------------------------------------------------- students
 
 
@@ -1152,6 +1161,22 @@ def test_a_loss_that_is_not_finite_raises_at_once(bad):
     for word in ("bank", "step 2", "ce ", f"hidden {bad:.4g}"):
         assert word in str(caught.value), f"the message must name stage, step and terms: {caught.value}"
     assert all(weight.isfinite().all() for weight in model.parameters()), "the bad step must not move the weights"
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
+    """Else the weights are lost one step before the loss shows it, and the checkpoint with them."""
+    model, path = tiny(1, 1), tmp_path / "checkpoint.pt"
+
+    def step_loss(step, source, target):
+        ce = d.losses(model, source, target, d.CE_ONLY)["ce"]
+        return {"ce": ce + (0 * model.embedding.weight.sum()).sqrt() if step == 2 else ce}, {}  # 0; its slope: 0 / 0
+    with pytest.raises(FloatingPointError, match="bank: the gradient is not finite at step 2: ce [0-9]"):
+        d.fit(model, step_loss, toy_batches(5), 5, seed=0, weights=d.CE_ONLY, lr=1e-3, name="bank", checkpoint=path,
+              save_every=0)
+    assert all(weight.isfinite().all() for weight in model.parameters()), "the bad step must not move the weights"
+    state = d.load_checkpoint(path, "bank")
+    assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["weights"].values()), \
+        "--resume with a lower rate must find weights to go on from"
 
 
 def test_out_of_memory_names_the_batch():

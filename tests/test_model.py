@@ -772,6 +772,8 @@ def test_greedy_and_64_tokens_by_default(text_folder, capsys, monkeypatch):
 def test_generate_refuses_counts_below_one(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         tiny().generate(padded([[4, 1]]), **options)
+    with pytest.raises(ValueError, match="sentences"):
+        tiny().generate(torch.zeros(0, 2, dtype=torch.long))
 
 
 # ----------------------------------------------------------------------------- checkpoints that work
@@ -1156,6 +1158,18 @@ def test_bin_without_tensors(folder, value):
     (folder / "model.safetensors").unlink()
     torch.save(value, folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin", error=ValueError)
+
+
+@pytest.mark.parametrize("name, reader", (("model.safetensors", "empty"), ("pytorch_model.bin", "load")))
+def test_weights_too_large_for_the_memory_are_not_damaged(folder, monkeypatch, name, reader):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1500000000 bytes.")
+    if reader == "load":
+        (folder / "model.safetensors").unlink()
+        torch.save({}, folder / name)
+    monkeypatch.setattr(torch, reader, full)
+    with pytest.raises(MemoryError, match=f"^out of memory: .*{name}$"):
+        m.load_t5(folder)
 
 
 class Code:

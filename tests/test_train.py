@@ -123,7 +123,7 @@ def test_settings_by_default(options, settings):
     (["--lr", "inf"], "--lr inf: must be above 0, and finite"),
     (["--seed", "4294967296"], "--seed 4294967296: must be at most 4294967295"),
     (["--vocab", "1000000000000"], "--vocab 1000000000000: must be at most 1000000"),
-    (["--layers", "100000"], "--layers 100000: must be at most 1000")))
+    (["--layers", "100000"], "--layers 100000: must be at most 300")))
 def test_settings_that_do_not_go_together(options, words):
     with pytest.raises(ValueError, match=words):
         train.parse_args(options)
