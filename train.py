@@ -149,7 +149,8 @@ def check_numbers(args):
     """Raise ValueError, naming the option, for a setting that is no possible number."""
     least = dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1, teacher_steps=0,
                  self_distill_steps=0, seed=0)
-    most = dict(layers=300, vocab=1_000_000, seed=(1 << 32) - 1)  # a slip of the finger would take for ever to fail
+    # More layers are more tensors than `read_safetensors` takes, more pieces would take for ever to fail.
+    most = dict(layers=300, vocab=1_000_000, seed=(1 << 32) - 1)
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')} {value}"
         if value is None:  # of a teacher that brings its own

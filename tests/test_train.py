@@ -99,7 +99,8 @@ TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab
 REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
         "teacher_steps": 4700, "self_distill_steps": 1880, "teacher_lr": 3e-2, "steps": 1880, "targets": "teacher",
         "max_length": 128, "baselines": ""}
-FINE_TUNE = {**REAL, "teacher_lr": 1e-3, "lr": 5e-3, "self_distill_steps": 0}
+FINE_TUNE = {**REAL, "teacher_lr": 1e-3, "lr": 5e-3, "self_distill_steps": 0,
+             **dict.fromkeys(("layers", "d_model", "dropout", "vocab"))}  # the teacher has its own
 
 
 @pytest.mark.parametrize("options, settings", (
