@@ -22,6 +22,7 @@ import math
 import random
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -32,7 +33,7 @@ from assemble import assemble, divergences, even_paths, export, parameters, poss
 from data import Batches, Tokenizer, encode_pairs
 from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
 from model import Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
-from modules import STACKS, Bank, load_bank, save_bank, with_layers
+from modules import STACKS, Bank, default_granularities, load_bank, module_spans, save_bank, with_layers
 from train import (BASELINES, METRICS, PSEUDO_BEAMS, frontier, keep_heap, new_bank, parse_args, parse_baselines,
                    read_data, relabel, study_shapes, train_baseline, translate)
 
@@ -44,9 +45,7 @@ def without(term):
     return {name: weight for name, weight in WEIGHTS.items() if name != term}
 
 
-# name: what differs. settings: train.py's; options: of train_modules. "Its rows": as many as in the recipe, where
-# granularities 1, 2, 3, 4 and 6 share two batches, so 2 * g / 16 of one; beside granularity 1 alone that takes passes
-# of 2 * (1 + g) / 16
+# name: what differs. settings: train.py's; options: of train_modules. "Its rows": as many as in the recipe
 VARIANTS = {
     "recipe": {},
     "rate 1 from the start": {"options": {"rate_start": 1.0}},
@@ -60,9 +59,9 @@ VARIANTS = {
     "dropout": {"dropout": True},
     "the frame at the full rate": {"options": {"frame_lr": 1.0}},
     "granularity 2 alone": {"settings": {"granularities": [2]}},
-    "granularity 2 alone, its rows": {"settings": {"granularities": [2]}, "options": {"passes": 2 * 3 / 16}},
+    "granularity 2 alone, its rows": {"settings": {"granularities": [2]}, "its rows": True},
     "granularity 6 alone": {"settings": {"granularities": [6]}},
-    "granularity 6 alone, its rows": {"settings": {"granularities": [6]}, "options": {"passes": 2 * 7 / 16}},
+    "granularity 6 alone, its rows": {"settings": {"granularities": [6]}, "its rows": True},
 }
 
 
@@ -94,7 +93,7 @@ def main(argv):
             elif part == "little":
                 little_data(study, seed)
             elif part == "ablations":
-                for name in asked.only:
+                for name in filter(study.has, asked.only):
                     study.measured(f"ablation {study.args.steps}", name, seed, lambda: ablation(study, name, seed))
             elif part == "tuned":
                 tuned(study, seed)
@@ -124,6 +123,19 @@ class Study:
                          for name, pairs in self.pairs.items()}
         self.teacher_outputs = {}  # by set
         self.teacher_labels = None  # for the validation sources
+
+    def has(self, name):
+        """Can this teacher have the modules of that ablation?"""
+        return not any(n % g for g in VARIANTS[name].get("settings", {}).get("granularities", ())
+                       for n in self.teacher.depths.values())
+
+    def sizes(self):
+        """(encoder, decoder) depths at 2x, 3x and 6x, those that the run's bank can make."""
+        depths = self.teacher.depths.values()
+        possible = [possible_depths(n, module_spans(n, self.args.granularities or default_granularities(n)))
+                    for n in depths]
+        return [tuple(n // k for n in depths) for k in (2, 3, 6)
+                if all(n % k == 0 and n // k in found for n, found in zip(depths, possible))]
 
     def batches(self, examples, seed):
         return Batches(examples, self.args.batch_tokens, self.tokenizer.pad_id, seed)
@@ -220,7 +232,7 @@ def models(study, seed, students):
     it is not there). The teacher; a bank's assemblies; static students."""
     n = study.teacher.depths
     if students is None:
-        students = ",".join(f"{kind}:{n['encoder'] // k}+{n['decoder'] // k}" for k in (2, 3, 6) for kind in BASELINES)
+        students = ",".join(f"{kind}:{e}+{d}" for e, d in study.sizes() for kind in BASELINES)
     students = parse_baselines(students)
     train = study.train(seed, {"data", study.args.targets} | {"teacher" for kind, _, _ in students if kind == "pseudo"})
     bank = study.bank(f"bank-{seed}", train, seed)
@@ -236,41 +248,47 @@ def models(study, seed, students):
 
 
 def little_data(study, seed):
-    """The teacher has seen all pairs; what compresses it sees a few."""
-    steps, (n, _) = study.args.steps, study.teacher.depths.values()
-    everything = range(len(study.pairs["train"]))
-    for k in (*LITTLE, len(everything)):
+    """The teacher has seen all pairs; what compresses it sees a few. The largest and the smallest size."""
+    steps, sizes, everything = study.args.steps, study.sizes(), range(len(study.pairs["train"]))
+    for k in (*(k for k in LITTLE if k < len(everything)), len(everything)):
         batches = study.train(seed, {"data", study.args.targets}, random.Random(seed).sample(everything, k))
         title, kinds = f"little {steps}", ("bank", "sft", "kd", "calibrated kd")
-        for kind, depth in [(kind, n // ratio) for kind in kinds for ratio in (2, 6)]:
+        for kind, (e, d) in product(kinds, dict.fromkeys(sizes[:1] + sizes[-1:])):
             def score():
-                name = f"{kind}-{depth}+{depth}-{k}-{steps}-{seed}"
+                name = f"{kind}-{e}+{d}-{k}-{steps}-{seed}"
                 if kind == "bank":
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
-                    model = study.assembly(bank, depth, depth)
+                    model = study.assembly(bank, e, d)
                 elif kind == "calibrated kd":  # how much of the bank's lead is its start?
                     start = new_bank(study.teacher, batches[study.args.targets], study.args)
-                    model = study.assembly(start, depth, depth)
+                    model = study.assembly(start, e, d)
                     train_student(model, batches[study.args.targets], steps, study.teacher, lr=study.args.lr, name=name,
                                   **study.loop(name, seed))
                 else:
-                    model = study.student(kind, depth, depth, name, batches, seed)
+                    model = study.student(kind, e, d, name, batches, seed)
                 return {**study.score(model, "test"), "valid": study.score(model, "valid")}
-            study.measured(title, f"{k:,} {kind} {depth}+{depth}", seed, score)
+            study.measured(title, f"{k:,} {kind} {e}+{d}", seed, score)
 
 
 def ablation(study, name, seed):
-    """{"6+6": {...}, ...}: `Study.score` and `Study.imitation`, on the validation pairs, of the assemblies of a bank
-    trained as the variant says, as deep as its modules alone make them."""
+    """{"6+6": {...}, ...}: `Study.score` and `Study.imitation`, on the validation pairs, of the main table's assemblies
+    of a bank trained as the variant says; the metric only of those that modules alone make.
+
+    Its rows: in the recipe the granularities share two batches in proportion, 2 * g / (1 + 2 + 3 + 4 + 6) of one for g
+    of 12 layers; beside granularity 1 alone that takes 2 * (1 + g) / 16 passes."""
     variant, teacher = VARIANTS[name], study.teacher
     args = argparse.Namespace(**{**vars(study.args), **variant.get("settings", {})})
+    options = dict(variant.get("options", {}))
+    if "its rows" in variant:
+        usual = study.args.granularities or default_granularities(teacher.depths["decoder"])
+        options["passes"] = 2 * (1 + sum(args.granularities)) / (1 + sum(usual))
     batches = study.train(seed, {args.targets})[args.targets]
     bank = new_bank(teacher, batches, args)
     if "dropout" in variant:
         bank.train = lambda mode: Bank.train(bank, True)
     started = time.time()
     train_modules(teacher, bank, batches, args.steps, lr=args.lr, name=f"{name} {seed}",
-                  **study.loop(f"{name}-{study.args.steps}", seed), **variant.get("options", {}))
+                  **study.loop(f"{name}-{study.args.steps}", seed), **options)
     Bank.train(bank, False)
     scores, n = {"seconds": time.time() - started}, teacher.depths
     for e, d in study_shapes(teacher, bank):
@@ -284,9 +302,7 @@ def tuned(study, seed):
     steps at a third of its rate. On the validation pairs."""
     args, train = study.args, study.train(seed, {study.args.targets})
     bank = study.bank(f"bank-{seed}", train, seed)
-    for k in (2, 3, 6):
-        e, d = (n // k for n in study.teacher.depths.values())
-
+    for e, d in study.sizes():
         def score():
             model = study.assembly(bank, e, d)
             train_student(model, train[args.targets], round(args.steps / 10), study.teacher, lr=args.lr / 3,
@@ -392,7 +408,7 @@ def main_lines(results, rows):
     for key, entry in results.items():
         if key.startswith("beam 4|"):
             beams.setdefault(key.split("|")[1], []).append(entry["score"])
-    head = ["model", "ratio", "parameters", "CPU", "GPU", "BLEU", "beam 4", "% of teacher", "identical", "loss"]
+    head = ["model", "ratio", "parameters", "CPU", "GPU", "greedy", "beam 4", "% of teacher", "identical", "loss"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, own in sorted(rows.items(), key=lambda item: -depth_of(item[1][0]) if is_student(item[0]) else -math.inf):
         fast = [measured_speed(results, own[0], device) for device in ("cpu", "cuda")]

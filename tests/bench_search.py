@@ -28,9 +28,11 @@ from train import METRICS, keep_heap, parse_args, probe_rows, read_data, transla
 
 
 def spearman(x, y):
-    """The correlation of the ranks of two sequences."""
-    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    return np.corrcoef(*ranks)[0, 1]
+    """The correlation of the ranks of two sequences; equal values share the mean of their ranks."""
+    def ranks(values):
+        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    return np.corrcoef(ranks(x), ranks(y))[0, 1]
 
 
 @command_line
@@ -51,11 +53,11 @@ def main(argv):
     examples = encode_pairs(tokenizer, unseen, args.max_length)[0]
     batches = Batches(examples, args.batch_tokens, tokenizer.pad_id, seed=0)
     batches = [batches[k] for k in range(len(batches))]
-    start = time.perf_counter()
+    start, known = time.perf_counter(), (args.out / "damage.json").exists()
     damage = read_damages(args.out, teacher, bank, probe)
     source = torch.randint(3, teacher.config.vocab_size, (1, 16), device=args.device)
     predict, _ = predictors(teacher, source)
-    print(f"{assemblies(teacher, bank):,} assemblies; measuring modules and layers "
+    print(f"{assemblies(teacher, bank):,} assemblies; measuring {'' if known else 'modules and '}layers "
           f"{time.perf_counter() - start:.1f} s\n")
 
     def speed(paths):
@@ -71,10 +73,14 @@ def main(argv):
     def loss(paths):
         return validation_loss(assemble(teacher, bank, paths), batches)
 
-    rng, drawn = random.Random(0), []
-    for _ in range(asked.random):
+    if not 2 < asked.random < assemblies(teacher, bank) / 2:
+        raise ValueError(f"--random {asked.random}: above 2, and below half of {assemblies(teacher, bank)}")
+    rng, drawn, whole = random.Random(0), [], sum(teacher.depths.values())
+    while len(drawn) < asked.random:
         rate = rng.random()  # from hardly any module to modules alone
-        drawn.append({stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS})
+        paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
+        if paths not in drawn and sum(map(len, paths.values())) < whole:  # not the teacher itself
+            drawn.append(paths)
     guess = list(map(estimate, drawn))
     print("rank correlation of the estimate with divergence and loss over {} random assemblies: {:.3f}, {:.3f}".format(
         len(drawn), spearman(guess, divergence(drawn)), spearman(guess, list(map(loss, drawn)))))

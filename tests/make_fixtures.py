@@ -149,6 +149,8 @@ def models(folder):
             found = answers(model, inputs)
             if telling(model, inputs, found):
                 break
+        else:
+            raise SystemExit(f"{name}: no seed gives outputs that tell")
         with torch.no_grad():
             output = model(**inputs, decoder_input_ids=decoder_ids)
         lengths = {key: (ids != 0).sum(1).tolist() for key, ids in found.items()}

@@ -4,6 +4,7 @@
     python tests/bench_survival.py                 # the same stops and mutations, but many
 """
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -56,6 +57,13 @@ def test_python_3_10_reads_it(file):
     allowed = {*sys.stdlib_module_names, *(f.stem for f in FILES), "torch", "numpy", "sentencepiece", "tqdm", "pytest"}
     if not file.name.startswith(("bench_", "make_")):  # these compare with other libraries
         assert {name.partition(".")[0] for name in imported} <= allowed
+
+
+@needs_fork
+@pytest.mark.parametrize("name", ("bench_quality", "bench_search", "bench_speed"))
+def test_benchmarks_find_what_they_import(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    assert importlib.import_module(name).main(["--no-such-option"]) == 2
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=lambda file: file.name)

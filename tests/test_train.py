@@ -25,7 +25,7 @@ from model import QUICK, load_t5, read_json, read_safetensors, write_json, write
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SHORT = ["--teacher-steps", "4", "--self-distill-steps", "4", "--steps", "4", "--batch-tokens", "512",
+SHORT = ["--teacher-steps", "5", "--self-distill-steps", "3", "--steps", "4", "--lr", "2e-2", "--batch-tokens", "512",
          "--max-length", "12", "--device", "cpu", "--dtype", "float32"]
 SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", *SHORT]
 BASELINES = "sft:3+3,kd:3+2,pseudo:1+1,theseus:2+3"
@@ -46,7 +46,7 @@ def files(tmp_path_factory):
     pairs = toy_corpus(120, seed=1)
     (folder / "train.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in pairs[:100]), encoding="utf-8")
     (folder / "valid.jsonl").write_text("".join(json.dumps({"source": s, "target": t}) + "\n"
-                                                for s, t in pairs[100:110]), encoding="utf-8")
+                                                for s, t in pairs[102:110]), encoding="utf-8")
     (folder / "test.src").write_text("".join(s + "\n" for s, _ in pairs[110:]), encoding="utf-8")
     (folder / "test.tgt").write_text("".join(t + "\n" for _, t in pairs[110:]), encoding="utf-8")
     return folder
@@ -92,11 +92,13 @@ def test_run_folder_is_complete(finished):
 
 FILES = ["--train", "a", "--valid", "b", "--test", "c"]
 SETTINGS = {"seed": 0, "prefix": "", "num_beams": 1, "granularities": None, "init": "calibrated",
-            "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+            "lr": 3e-2, "out": Path("run"), "resume": False, "device": "cuda:0" if torch.cuda.is_available() else "cpu"}
 TOY = {"dtype": "float32", "metric": "exact", "layers": 6, "d_model": 64, "vocab": 200, "batch_tokens": 2048,
+       "dropout": 0.0,
        "teacher_steps": 900, "self_distill_steps": 0, "teacher_lr": 1.5e-2, "steps": 50, "targets": "data",
        "max_length": 64, "baselines": "sft:3+3,kd:3+3,sft:1+1,kd:1+1"}
 REAL = {"dtype": "auto", "metric": "bleu", "layers": 12, "d_model": 128, "vocab": 8000, "batch_tokens": 4096,
+        "dropout": 0.1,
         "teacher_steps": 4700, "self_distill_steps": 1880, "teacher_lr": 3e-2, "steps": 1880, "targets": "teacher",
         "max_length": 128, "baselines": ""}
 FINE_TUNE = {**REAL, "teacher_lr": 1e-3, "lr": 5e-3, "self_distill_steps": 0,
@@ -223,6 +225,13 @@ def test_least_settings():
             train.parse_args(["--dropout", rate])
 
 
+def test_prefix_stands_before_every_source(files):
+    plain, prefixed = (train.read_data(train.parse_args([*data_args(files), *options]))
+                       for options in ([], ["--prefix", "x: "]))
+    for name, pairs in plain.items():
+        assert prefixed[name] == [("x: " + source, target) for source, target in pairs], f"of the {name} pairs, too"
+
+
 def test_toy_data_by_default():
     pairs = train.read_data(train.parse_args(["--seed", "3"]))
     assert {name: len(part) for name, part in pairs.items()} == {"train": 20000, "valid": 500, "test": 500}
@@ -250,8 +259,8 @@ def test_two_processes_make_one_run(files, tmp_path):
     assert run.stdout.count("% of teacher") == 1, "the first process prints the table, the second nothing"
     records = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(record["stage"], record["step"]) for record in records] == \
-        [(stage, step) for stage in ("teacher", "self-distillation", "bank", "kd 1+1")
-         for step in (1, 2, 3, 4)], "and one writes the log"
+        [(stage, step + 1) for stage, steps in (("teacher", 5), ("self-distillation", 3), ("bank", 4), ("kd 1+1", 4))
+         for step in range(steps)], "and one writes the log"
     rows = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"]
     assert {"teacher", "assembly 1+1", "kd 1+1"} < set(rows)
     both = read_json(tmp_path / "run" / "pseudo.json")
@@ -284,7 +293,14 @@ def test_scores_by_hand(finished, tmp_path, monkeypatch):
     args = train.parse_args(["--resume", "--out", str(finished), "--device", "cpu"])
     teacher, tokenizer = load_t5(finished / "teacher"), Tokenizer(finished)
     args.out, pairs, qualities, timed = tmp_path, train.read_data(args), [40.0, 10.0, 0.0], []
-    monkeypatch.setitem(train.METRICS, "exact", lambda hypotheses, references: qualities.pop(0))
+    outputs = [tokenizer.decode(ids) for ids in train.translate(
+        teacher, [tokenizer.encode(source)[:11] + [1] for source, _ in pairs["test"]], 1, args, "")]
+
+    def metric(hypotheses, references):
+        assert references == [target for _, target in pairs["test"]], "held against the targets of the test pairs"
+        assert len(qualities) < 3 or hypotheses == outputs, "what the model makes of their sources"
+        return qualities.pop(0)
+    monkeypatch.setitem(train.METRICS, "exact", metric)
     monkeypatch.setattr(train, "speedup", lambda *models_and_source: timed.append(models_and_source) or 2.5)
     score, small = train.Scorer(args, tokenizer, pairs, teacher), train.shrink(teacher, 3, 1)
     for name, model in (("teacher", teacher), ("small", small), ("small", small), ("none", small)):
@@ -294,7 +310,9 @@ def test_scores_by_hand(finished, tmp_path, monkeypatch):
     for name, value in {"encoder": 3, "decoder": 1, "ratio": 12 / 4, "speedup": 2.5, "exact": 10.0, "share": 25.0,
                         "parameters": sum(p.numel() for p in small.parameters())}.items():
         assert row[name] == value, f"{name} of 3+1 layers that score 10 where the teacher, 6+6, scores 40: {value}"
-    assert row["valid_loss"] == score.valid(small) > 0 and score.rows["teacher"]["share"] == 100
+    valid = Batches(encode_pairs(tokenizer, pairs["valid"], 12)[0], 512, 0, seed=0)
+    assert row["valid_loss"] == distill.validation_loss(small, [valid[k] for k in range(len(valid))])
+    assert score.rows["teacher"]["share"] == 100
     (*models, source), middle = timed[1], tokenizer.encode(pairs["test"][5][0])
     assert models == [teacher, small] and source.tolist() == [middle[:11] + [1] if len(middle) > 12 else middle], \
         "speed is measured on the test's sentence in the middle, the teacher's time over the model's"
@@ -473,15 +491,16 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("targets", ("data", "teacher"))
 def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
-    learnt, distilled, rising, labelled = {}, [], {}, []
+    learnt, distilled, rising, labelled, how = {}, [], {}, [], {}
 
     def training(*args, name, **options):
-        batches = next(arg for arg in args if isinstance(arg, train.Batches))
+        at = next(i for i, arg in enumerate(args) if isinstance(arg, train.Batches))
+        batches, how[name] = args[at], (args[at + 1], options["lr"], options["seed"])
         learnt[name] = "teacher" if batches.examples[0][1] == [7, 1] else "data"
         rising.update({name: options["rate_rise"]} if "rate_rise" in options else {})
 
     def student(model, batches, steps, teacher=None, **options):
-        training(batches, **options)
+        training(batches, steps, **options)
         distilled.extend([options["name"]] if teacher else [])
     def relabel(teacher, batches, args, folder=None):
         labelled.append(folder and folder.name)
@@ -491,7 +510,10 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets):
     monkeypatch.setattr(train, "train_student", student)
     monkeypatch.setattr(train, "train_modules", training)
     train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(tmp_path / "run"), "--targets", targets,
-                "--baselines", "sft:1+1,kd:1+1,pseudo:1+1,theseus:1+1"])
+                "--baselines", "sft:1+1,kd:1+1,pseudo:1+1,theseus:1+1", "--seed", "3"])
+    assert how == {"teacher": (5, 3e-2, 3), "self-distillation": (3, 2e-2, 3), **dict.fromkeys(list(learnt)[2:],
+                                                                                               (4, 2e-2, 3))}, \
+        "--teacher-steps at --teacher-lr; --self-distill-steps, then --steps, at --lr; all of --seed"
     assert learnt == {"teacher": "data", "self-distillation": "teacher", "bank": targets, "sft 1+1": "data",
                       "kd 1+1": targets, "pseudo 1+1": "teacher", "theseus 1+1": "data"}, \
         "the bank and KD alike; others by their names"
@@ -569,13 +591,13 @@ def test_resume_ends_bitwise_where_an_uninterrupted_run_does(finished, files, tm
         with pytest.raises(Killed):
             train.main(arguments)
         assert (out / "checkpoint.pt").exists(), "the kill left a checkpoint"
-        arguments = ["--resume", "--out", str(out)]
+        arguments = ["--resume", "--out", str(out), "--device", "cpu"]
     assert train.main(arguments) == 0
     for name in ("first-teacher/pseudo.json", "teacher/model.safetensors", "bank.safetensors",
                  "baselines/kd-3+2/model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), f"{name}: resumed = uninterrupted, bitwise"
-    scores = [{name: row["exact"] for name, row in json.loads((folder / "results.json").read_text())["rows"].items()}
-              for folder in (out, finished)]
+    rows = [read_json(folder / "results.json")["rows"] for folder in (out, finished)]
+    scores = [{name: (row["exact"], row["valid_loss"]) for name, row in own.items()} for own in rows]
     assert scores[0] == scores[1]
 
 
@@ -606,7 +628,7 @@ def test_a_teacher_learns_from_itself(finished, files, tmp_path):
     own = train.relabel(teacher, batches, args, tmp_path)
     assert read_json(tmp_path / "pseudo.json") == read_json(finished / "first-teacher/pseudo.json")
     student = train.shrink(teacher, 6, 6)
-    distill.train_student(student, own, 4, teacher, lr=args.lr)
+    distill.train_student(student, own, 3, teacher, lr=2e-2)
     again = load_t5(finished / "teacher").state_dict()
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again[name]), "all losses, the students' rate, dropout"
@@ -758,7 +780,7 @@ def test_resume_puts_right_what_was_left(finished, tmp_path):
     (out / "checkpoint.pt.part").write_bytes(b"half")
     log = (out / "log.jsonl").read_bytes()
     (out / "log.jsonl").write_bytes(log + b'{"stage": "ba')
-    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert train.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
     assert (out / "valid.safetensors").read_bytes() == (finished / "valid.safetensors").read_bytes()
     assert not list(out.rglob("*.part")) and (out / "log.jsonl").read_bytes().startswith(log + b'{"stage": "bank"')
     assert (out / "bank.safetensors").read_bytes() == (finished / "bank.safetensors").read_bytes()
