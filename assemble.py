@@ -85,7 +85,7 @@ def choose_depths(ratio, strategy, encoder, decoder):
 
     size-first shrinks both stacks by the same share: of all models with that many layers the most even one.
     speed-first takes the decoder's layers first: they run once a token, the encoder's once a sentence.
-    Raises ValueError when no pair comes within 5 % of the ratio, and says which ratios there are; and for another word.
+    Raises ValueError when no pair comes within 5 % of the ratio, saying which there are; or for another strategy.
     """
     full = encoder[-1] + decoder[-1]
     pairs = [(e, d) for e in encoder for d in decoder]

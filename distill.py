@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import StackOutput, memory_for, new_file, out_of_memory
+from model import StackOutput, memory_for, new_file
 from modules import STACKS, by_granularity, evenly, realised_rate, replacement_rate, sample_path, with_layers
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
@@ -464,12 +464,11 @@ def load_checkpoint(path, name):
     if path is None or not os.path.exists(path):
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+        with memory_for(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
         raise  # not to be read, which does not make it damaged
     except Exception as error:  # whatever torch's parsers raise
-        if out_of_memory(error):
-            raise MemoryError(f"out of memory: {path}") from None
         raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
     if not {"stage", "step", "sizes", "weights", "optimizer", "scaler"} <= state.keys():
         raise ValueError(f"{path}: of another version: remove it to begin this stage anew")

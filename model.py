@@ -652,11 +652,10 @@ def read_safetensors(path):
                     raise ValueError(f"tensor {name}: bytes {begin} to {end} do not hold {dtype} of shape {shape}")
                 if 8 + length + end > size:
                     raise ValueError(f"tensor {name} ends at byte {8 + length + end} of {size}")
-                tensors[name], end_of_data = torch.empty(shape, dtype=dtype), end
+                with memory_for(path):  # not the file's fault: no tensor is larger than it
+                    tensors[name], end_of_data = torch.empty(shape, dtype=dtype), end
                 f.readinto(tensors[name].flatten().view(torch.uint8).numpy())
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            if out_of_memory(error):  # not the file's fault: no tensor is larger than it
-                raise MemoryError(f"out of memory: {path}") from None
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path}: truncated or not a safetensors file: {reason}") from None
     return tensors
@@ -770,12 +769,11 @@ def read_bin(path):
             with zipfile.ZipFile(path) as entries:
                 if sum(entry.file_size for entry in entries.infolist()) > Path(path).stat().st_size:
                     raise ValueError("its entries are larger than the file")
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        with memory_for(path):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # whatever torch's parsers raise
-        if out_of_memory(error):
-            raise MemoryError(f"out of memory: {path}") from None
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a PyTorch weight file: {reason}") from None
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
@@ -948,7 +946,7 @@ def memory_for(what):
     """Running out of memory in the block is a MemoryError that says what the memory was for."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise MemoryError(f"out of memory: {what}") from None

@@ -43,6 +43,8 @@ from modules import STACKS, Bank, default_granularities, load_bank, module_spans
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
 BASELINES = ("sft", "kd", "pseudo", "theseus")
 
+SHAPE = ("layers", "d_model", "dropout", "vocab")  # of a teacher from scratch
+
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
 TOY = dict(dtype="float32", metric="exact", layers=6,  # matrices too small for 16 bit to pay
            targets="data",                             # there is one right answer, and the teacher gives it
@@ -55,7 +57,7 @@ REAL = dict(dtype="auto", metric="bleu", targets="teacher", dropout=0.1, layers=
             max_length=128)
 FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning, of a tensor's size too
                  self_distill_steps=0,            # not tried with T5's weights
-                 layers=None, d_model=None, dropout=None, vocab=None)  # it brings its own
+                 **dict.fromkeys(SHAPE))          # it brings its own
 ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # what does not differ
 NOT_OF_THE_RUN = ("out", "resume", "device")  # each command line has its own
 CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: what an error line may ask to lower
@@ -127,7 +129,7 @@ def parse_args(argv):
         raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
     if args.prefix and not given:
         raise ValueError("--prefix needs --train, --valid and --test: the toy task has none")
-    for name in ("layers", "d_model", "dropout", "vocab"):
+    for name in SHAPE:
         if args.teacher and getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: of a teacher from scratch; --teacher brings its own")
     for name, value in {**ALWAYS, **(FINE_TUNE if args.teacher else REAL if given else TOY)}.items():
@@ -152,9 +154,9 @@ def check_numbers(args):
     # More layers are more tensors than `read_safetensors` takes, more pieces would take for ever to fail.
     most = dict(layers=300, vocab=1_000_000, seed=(1 << 32) - 1)
     for name, value in vars(args).items():
-        option = f"--{name.replace('_', '-')} {value}"
-        if value is None:  # of a teacher that brings its own
+        if value is None:  # SHAPE of a teacher that brings its own
             continue
+        option = f"--{name.replace('_', '-')} {value}"
         if name in least and value < least[name]:
             raise ValueError(f"{option}: must be at least {least[name]}")
         if name in most and value > most[name]:
