@@ -14,6 +14,7 @@ programming, and scores the best few pairs of paths for real, with the even path
 farther from the teacher's probabilities those of the model are.
 """
 import argparse
+import hashlib
 import math
 import os
 import re
@@ -85,7 +86,8 @@ def choose_depths(ratio, strategy, encoder, decoder):
 
     size-first shrinks both stacks by the same share: of all models with that many layers the most even one.
     speed-first takes the decoder's layers first: they run once a token, the encoder's once a sentence.
-    Raises ValueError when no pair comes within 5 % of the ratio, saying which there are; or for another strategy.
+    Raises ValueError when no pair has a ratio of which this one is within 5 %, saying which there are; or for another
+    strategy.
     """
     full = encoder[-1] + decoder[-1]
     pairs = [(e, d) for e in encoder for d in decoder]
@@ -122,12 +124,15 @@ def save_batches(batches, path):
                        for name, side in zip(("source", "target"), pair)}, path)
 
 
-def load_batches(path):
-    """What `save_batches` wrote. Raises ValueError or OSError naming the file."""
+def load_batches(path, vocab_size):
+    """What `save_batches` wrote. Raises ValueError or OSError naming the file, also for ids beyond the vocabulary."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: missing: `python train.py --resume --out {path.parent}` writes it; or choose "
                                 f"by rule, --strategy {STRATEGIES[0]}")
     tensors = read_safetensors(path)
+    for name, ids in tensors.items():
+        if ids.dtype is not torch.long or ids.dim() != 2 or ((ids < 0) | (ids >= vocab_size)).any():
+            raise ValueError(f"{path}: tensor {name!r} does not hold rows of token ids below {vocab_size}")
     try:
         return [(tensors[f"source.{k}"], tensors[f"target.{k}"]) for k in range(max(1, len(tensors) // 2))]
     except KeyError as name:
@@ -177,20 +182,23 @@ def damages(teacher, bank, batches):
 
 
 def read_damages(run, teacher, bank, batches):
-    """`damages`, from RUN/damage.json, {"divergence": {"encoder": {"0-2": 0.01, "0-2,2-4": -0.001, ...}, "decoder":
-    ...}}, which is written on first use. Raises ValueError naming the file if it does not fit the bank."""
-    file = run / "damage.json"
+    """`damages`, from RUN/damage.json, {"of": a hash of bank and batches, "encoder": {"0-2": 0.01, "0-2,2-4": -0.001,
+    ...}, "decoder": ...}, which is written on first use, and anew for another bank. Raises ValueError naming a file
+    that is no JSON or lacks some."""
+    file, of = run / "damage.json", hashlib.sha256()
+    for tensor in [*bank.parameters(), *(ids for pair in batches for ids in pair)]:
+        of.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
     def name(modules):
         """((0, 2), (2, 4)) -> "0-2,2-4"."""
         return ",".join(f"{a}-{b}" for a, b in modules)
-    if not file.exists():
-        write_json({"divergence": {stack: {name(modules): each for modules, each in found.items()}
-                                   for stack, found in damages(teacher, bank, batches).items()}}, file)
+    if not file.exists() or read_json(file).get("of") != of.hexdigest():
+        write_json({"of": of.hexdigest(), **{stack: {name(modules): each for modules, each in found.items()}
+                                             for stack, found in damages(teacher, bank, batches).items()}}, file)
     stored = read_json(file)
     try:
-        return {stack: {modules: float(stored["divergence"][stack][name(modules)])
-                        for modules in neighbours(bank.spans[stack])} for stack in STACKS}
+        return {stack: {modules: float(stored[stack][name(modules)]) for modules in neighbours(bank.spans[stack])}
+                for stack in STACKS}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: does not fit the bank ({error}): remove it to measure anew") from None
 
@@ -426,15 +434,16 @@ def parse_args(argv):
     for option in ("ratio", "speedup"):
         if getattr(args, option) is not None and not getattr(args, option) > 0:
             raise ValueError(f"--{option} {getattr(args, option)}: must be above 0")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if not 1 <= args.batch_size <= 1 << 20:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1, at most {1 << 20}")
     return args
 
 
 def search_budget(args, teacher, bank, source):
     """The paths of the best assembly within --ratio, --speedup or --params; for --list, the table and no paths. Raises
     ValueError if nothing is within the budget."""
-    start, batches = time.perf_counter(), load_batches(args.run / "valid.safetensors")
+    start = time.perf_counter()
+    batches = load_batches(args.run / "valid.safetensors", teacher.config.vocab_size)
     damage, (speed, params) = read_damages(args.run, teacher, bank, batches), predictors(teacher, source)
     if args.list:
         return print_frontier(teacher, bank, damage, speed, params)

@@ -18,7 +18,6 @@ import math
 import os
 import random
 import time
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -181,9 +180,10 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
     read, the heads' mixed values and the feed-forward activations, side by side. On (source, target) batches a module
     gets the teacher's state before its span. Where its output falls short of the teacher's state after the span by r,
     token by token, W moves by
-        D = argmin sum_n |r_n - D x_n|^2 + lambda |D|^2 = (sum_n r_n x_n^T) (sum_n x_n x_n^T + lambda I)^-1
-    with lambda the share `ridge` of the mean, over a sub-layer's features, of sum x^2. x changes with W, so it takes
-    some rounds. All in float32: call it outside of autocast. Least squares to stand in for layers:
+        D = argmin sum_n |r_n - D x_n|^2 + sum_j lambda_j |D_j|^2
+          = (sum_n r_n x_n^T) (sum_n x_n x_n^T + diag(lambda))^-1
+    D_j its column of feature j, and lambda_j the share `ridge` of sum_n x^2, the mean over the features of j's
+    sub-layer. x changes with W, so it takes some rounds. All in float32: call it outside of autocast. Least squares to stand in for layers:
     https://arxiv.org/abs/2505.02819, which puts one matrix there.
     """
     teacher.eval(), bank.eval()
@@ -233,8 +233,8 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
-    Together they run at most `passes` times as many rows as the batch has, each on rows drawn for it, in proportion to
-    g but none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers
+    Together they run `passes` times as many rows as the batch has, and at least one each, on rows drawn for each, in
+    proportion to g but none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers
     has more to learn than what stands for two. The encoder's granularity is drawn for each, with chances in proportion
     to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely
     meets again (README, "Ablations"). "ce" and the other terms are means over the granularities.
@@ -289,7 +289,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     bank.eval()
 
 
-def train_student(student, batches, steps, teacher=None, seed=0, weights=None, **loop):
+def train_student(student, batches, steps, teacher=None, weights=None, **loop):
     """Train all of a plain T5, with dropout. With a teacher: distillation, the student's layers spread evenly over the
     teacher's, or one for one where it distills itself. Without: shrink-and-fine-tune, pseudo-labels, or the teacher.
     weights: by default WEIGHTS with a teacher, else CE_ONLY. **loop goes to `fit`."""
@@ -304,7 +304,7 @@ def train_student(student, batches, steps, teacher=None, seed=0, weights=None, *
         """What the student costs, and nothing else to log."""
         theirs = run_teacher(teacher, source, target, weights) if teacher is not None else None
         return losses(student, source, target, weights, theirs, paths=paths), {}
-    fit(student, step_loss, batches, steps, seed=seed, weights=weights, **loop)
+    fit(student, step_loss, batches, steps, weights=weights, **loop)
     student.eval()
 
 
@@ -334,7 +334,8 @@ def pick_dtype(name, device, d_model):
     if name != "auto":
         return getattr(torch, name)
     if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # the question is about the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if torch.device(device).type != "cpu":
         return torch.float32
 
@@ -362,7 +363,7 @@ def size(parameter):
     return 2.0 ** round(math.log2(max(1e-3, parameter.detach().float().square().mean().sqrt().item())))
 
 
-def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={}, dtype=torch.float32, name="",
+def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={}, dtype=torch.float32, name="",
         log=None, checkpoint=None, save_every=60.0):
     """Move the parameters of `trained` for `steps` steps of AdamW.
 
@@ -375,7 +376,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
     whose gradients overflowed, which move nothing. checkpoint: a path, written every `save_every` seconds.
     Under torchrun every process takes its share of each batch's rows; the first alone logs and writes.
     Raises FloatingPointError, naming the step and the terms, for a loss or a gradient that is not finite, before it
-    moves anything; MemoryError, naming the step and the batch's shape; ValueError for a damaged checkpoint.
+    moves anything (in float16 for a gradient at any loss scale from 1 on); MemoryError, naming the step and the batch's shape; ValueError for a damaged checkpoint.
     """
     parameters = list(trained.parameters())
     device = parameters[0].device
@@ -390,6 +391,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
         for part, key in ((trained, "weights"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[key])
     first = state["step"] if state else 0
+    state = None  # its memory
     saved, started, tokens, skipped = time.perf_counter(), time.perf_counter(), 0, 0
     for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=rank > 0 or None)):
         torch.manual_seed((seed * 1_000_003 + step) * world + rank)  # dropout
@@ -397,7 +399,7 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
         B, S, T = *source.shape, target.size(1)
         with memory_for(f"{name}, step {step}: {B} x {S} source and {B} x {T} target tokens: lower --batch-tokens or "
                         f"--max-length"):
-            with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 terms, facts = step_loss(step, source, target)
             loss = sum(weights[term] * value for term, value in terms.items())
             norm = torch.zeros(())
@@ -407,7 +409,8 @@ def fit(trained, step_loss, batches, steps, *, seed, weights, lr, lr_factors={},
                     average_gradients(parameters)
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not torch.isfinite(loss if scaler.is_enabled() else loss + norm):  # in float16 gradients may overflow
+            may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # a lower scale may bring float16 back
+            if not torch.isfinite(loss if may_overflow else loss + norm):
                 what = "gradient" if torch.isfinite(loss) else "loss"
                 values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
                 raise FloatingPointError(f"{name}: the {what} is not finite at step {step}: {values}; a lower "
@@ -470,6 +473,6 @@ def load_checkpoint(path, name):
         raise  # not to be read, which does not make it damaged
     except Exception as error:  # whatever torch's parsers raise
         raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
-    if not {"stage", "step", "sizes", "weights", "optimizer", "scaler"} <= state.keys():
+    if not (isinstance(state, dict) and {"stage", "step", "sizes", "weights", "optimizer", "scaler"} <= state.keys()):
         raise ValueError(f"{path}: of another version: remove it to begin this stage anew")
     return state if state["stage"] == name else None

@@ -294,7 +294,7 @@ class Stack(nn.Module):
     def __init__(self, config, layers, bidirectional):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.positions = table(config.relative_attention_num_buckets, config.num_heads)
         self.norm = RMSNorm(config)
         self.rate, self.bidirectional = config.dropout_rate, bidirectional
         self.max_distance = config.relative_attention_max_distance
@@ -312,7 +312,8 @@ class Stack(nn.Module):
         return bias if self.bidirectional else mask_out(bias, distance > 0)
 
     def run(self, x, layers, *inputs, need_probs=False, cache=None):
-        """x (B, T, d_model) through `layers`, or the stack's own for None, then the norm -> StackOutput."""
+        """x (B, T, d_model) through `layers`, or the stack's own for None, then the norm -> StackOutput. inputs: what
+        each layer takes behind x, the position bias and, in a decoder, the memory and its bias."""
         states, probs = [], []
         for i, layer in enumerate(self.layers if layers is None else layers):
             own = [(cache.layers[i], cache.positions, cache.visible)] if cache else []
@@ -338,7 +339,7 @@ class StackOutput(NamedTuple):
 class LayerCache:
     """Keys and values of one decoder layer: its own, put in step by step, of `beams` rows for each of the memory's,
     and the memory's, computed once."""
-    def __init__(self, layer, memory, max_length, beams=1):
+    def __init__(self, layer, memory, max_length, beams):
         self.cross = layer.cross_attention.keys_values(memory)
         B, H, _, d_kv = self.cross[0].shape
         self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)  # not empty: `advance`
@@ -422,12 +423,19 @@ class Cache:
             layer.cross = layer.cross[0][running], layer.cross[1][running]
 
 
+def table(rows, width):
+    """An nn.Embedding. On "meta", where there are shapes alone, torch would import its compiler to draw weights that
+    are not there: two seconds."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
+
+
 class T5(nn.Module):
     """The whole model. `layers=None` runs the model's own layers; any other list of layers of the same shape works."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = table(config.vocab_size, config.d_model)
         self.encoder = Stack(config, [EncoderLayer(config) for _ in range(config.num_layers)], bidirectional=True)
         self.decoder = Stack(config, [DecoderLayer(config) for _ in range(config.num_decoder_layers)],
                              bidirectional=False)
@@ -507,11 +515,11 @@ class T5(nn.Module):
         Greedy for one beam, else beam search with Hugging Face's semantics. Sentences that have ended leave the
         batch (`Cache.worth_selecting` says when), and no row reads another's, so a row's output does not depend on its
         batch (exactly in float32 but for ties: the order of a sum changes with the batch's shape). Raises ValueError
-        for counts below 1, B among them.
+        for counts below 1, B among them, or beyond all reason.
         """
-        if min(len(input_ids), max_new_tokens, num_beams) < 1:
+        if min(len(input_ids), max_new_tokens, num_beams) < 1 or max(max_new_tokens, num_beams) > 1 << 20:
             raise ValueError(f"sentences ({len(input_ids)}), max_new_tokens ({max_new_tokens}) and num_beams "
-                             f"({num_beams}) must be at least 1")
+                             f"({num_beams}) must be at least 1, and the last two at most {1 << 20}")
         mask, training = input_ids != self.config.pad_token_id, self.training
         self.eval()
         try:
@@ -614,7 +622,7 @@ LEFTOVER = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
-MAX_HEADER = 1 << 20  # bytes, for some 8,000 tensors: parsed, JSON may take 30 times its size
+MAX_HEADER = 1 << 21  # bytes, for some 17,000 tensors: parsed, JSON may take 30 times its size
 HUB = "https://huggingface.co"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -673,9 +681,10 @@ def naming(path):
 
 
 @contextmanager
-def new_file(path):
-    """`with new_file(path) as f`: a binary file that appears at `path` only when the block ends without an error."""
-    part = Path(f"{path}.part")
+def new_file(path, part=None):
+    """`with new_file(path) as f`: a binary file that appears at `path` only when the block ends without an error. Until
+    then it is at `part`, by default PATH.part."""
+    part = Path(part or f"{path}.part")
     try:
         with naming(path), open(part, "wb") as f:
             yield f
@@ -892,7 +901,8 @@ def fetch(base, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     url = f"{base}/{path.name}"
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply, new_file(path) as f:
+        part = f"{path}.{os.getpid()}.part"  # its own, as another run may fetch the same
+        with urllib.request.urlopen(url, timeout=30) as reply, new_file(path, part) as f:
             total = int(reply.headers.get("Content-Length") or 0)
             with tqdm(total=total or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while chunk := reply.read(1 << 20):
@@ -965,6 +975,9 @@ class Parser(argparse.ArgumentParser):
     @staticmethod
     def device(name):
         """A device's name, checked by putting a number there and reading it. Raises ArgumentTypeError."""
+        own = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun: not that all processes try the first GPU
+        if name == "cuda" and own < torch.cuda.device_count():
+            name = f"cuda:{own}"
         try:
             number = torch.zeros(1, device=name)
             number.item()  # "meta" has shapes alone

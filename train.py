@@ -115,12 +115,24 @@ def parse_args(argv):
                 raise ValueError(f"--resume keeps the run's own settings: leave out --{name.replace('_', '-')}")
         if not (args.out / "args.json").exists():
             raise ValueError(f"{args.out}: holds no run to go on with: begin one without --resume")
-        settings = read_json(args.out / "args.json")
-        missing = set(vars(args)) - set(settings) - set(NOT_OF_THE_RUN)
-        if missing:
-            raise ValueError(f"{args.out / 'args.json'}: lacks {', '.join(sorted(missing))}")
+        file, words = args.out / "args.json", []
+        settings = read_json(file)
+        brought = SHAPE if settings.get("teacher") else ()
+        if missing := [name for name in {**REAL, **ALWAYS} if settings.get(name) is None and name not in brought]:
+            raise ValueError(f"{file}: lacks {', '.join(missing)}")
+        for name, value in settings.items():
+            option = f"--{name.replace('_', '-')}"
+            if name in ("train", "valid", "test") and isinstance(value, list):
+                words += [option, *map(str, value)]
+            elif value is not None:
+                words.append(f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}")
+        try:  # once more as options, which are checked
+            settings = vars(p.parse_args(words))
+            check_numbers(settings)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         args = argparse.Namespace(**{**settings, **given, "out": args.out, "device": args.device, "resume": True})
-        check_numbers(args)
+        check_numbers(vars(args))
         return args
     given = [name for name in ("train", "valid", "test") if getattr(args, name)]
     if len(given) not in (0, 3):
@@ -129,6 +141,10 @@ def parse_args(argv):
         raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
     if args.prefix and not given:
         raise ValueError("--prefix needs --train, --valid and --test: the toy task has none")
+    try:
+        (args.prefix or "").encode()
+    except UnicodeError:
+        raise ValueError("--prefix: not valid UTF-8") from None
     for name in SHAPE:
         if args.teacher and getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: of a teacher from scratch; --teacher brings its own")
@@ -138,7 +154,7 @@ def parse_args(argv):
     if args.baselines is None:
         shapes = () if given else (f"{k}+{k}" for k in (args.layers // 2, 1))
         args.baselines = ",".join(f"{kind}:{shape}" for shape in shapes for kind in ("sft", "kd"))
-    check_numbers(args)
+    check_numbers(vars(args))
     parse_baselines(args.baselines)
     for name in given:  # absolute, so that --resume works from another folder
         setattr(args, name, [str(Path(file).absolute()) for file in getattr(args, name)])
@@ -147,13 +163,15 @@ def parse_args(argv):
     return args
 
 
-def check_numbers(args):
+def check_numbers(settings):
     """Raise ValueError, naming the option, for a setting that is no possible number."""
     least = dict(layers=2, d_model=32, vocab=1, max_length=2, batch_tokens=1, num_beams=1, steps=1, teacher_steps=0,
                  self_distill_steps=0, seed=0)
-    # More layers are more tensors than `read_safetensors` takes, more pieces would take for ever to fail.
-    most = dict(layers=300, vocab=1_000_000, seed=(1 << 32) - 1)
-    for name, value in vars(args).items():
+    # More layers are more tensors than `read_safetensors` takes, more pieces would take for ever to fail, and tensors
+    # beyond these sizes fail in torch, not for want of memory.
+    most = dict(layers=300, vocab=1_000_000, seed=(1 << 32) - 1, d_model=1 << 20, max_length=1 << 20,
+                num_beams=1 << 20, batch_tokens=1 << 40)
+    for name, value in settings.items():
         if value is None:  # SHAPE of a teacher that brings its own
             continue
         option = f"--{name.replace('_', '-')} {value}"
@@ -205,7 +223,7 @@ def main(argv):
         pairs = read_data(args)
         teacher, tokenizer = start_run(args, pairs)
     out, dtype = args.out, getattr(torch, args.dtype)
-    log_file = open_log(out / "log.jsonl")
+    log_file = open_log(out / "log.jsonl") if first else None
 
     def log(record):
         """Append a record to log.jsonl; without a progress bar, print every tenth. Every tenth of the bank's shows what
@@ -230,7 +248,7 @@ def main(argv):
 
     teacher.to(args.device)
     if not (out / "teacher").exists():
-        train_teacher(teacher, batches["data"], args, loop, first)
+        train_teacher(teacher, batches["data"], args, loop)
 
     baselines = parse_baselines(args.baselines)
     if args.targets == "teacher" or "pseudo" in [kind for kind, _, _ in baselines]:
@@ -241,7 +259,6 @@ def main(argv):
         bank = load_bank(bank_file, teacher).to(args.device).eval()
     else:
         if first:  # what was measured of an older bank
-            (out / "damage.json").unlink(missing_ok=True)
             score.forget("assembly")
         bank = new_bank(teacher, batches[args.targets], args)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
@@ -314,7 +331,7 @@ def first_goes_first(first):
 
 def say(text):
     """Print past the progress bars, at once; of several processes the first."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if processes()[0] == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
@@ -344,9 +361,9 @@ def start_run(args, pairs):
     """Make the run folder, or check the one to resume. Returns the teacher, trained or yet to train, and the tokenizer.
     Raises ValueError if there is a run in the folder and --resume was not given: nothing is overwritten."""
     out, teacher = args.out, None
-    if not args.resume and any((out / name).exists() for name in ("args.json", "first-teacher", "teacher",
-                                                                  "checkpoint.pt")):
-        raise ValueError(f"{out}: holds a run already: go on with --resume, or choose another --out")
+    if not args.resume and any((out / name).exists() for name in (
+            "args.json", "log.jsonl", "first-teacher", "teacher", "checkpoint.pt", "frontier.svg", "config.json")):
+        raise ValueError(f"{out}: holds a run or a model already: go on with --resume, or choose another --out")
     for name in ("bank.safetensors", "pseudo.json", "baselines", "results.json"):  # all made after the teacher
         if (out / name).exists() and not (out / "teacher").exists():
             raise ValueError(f"{out / name}: of a teacher that is no longer there: remove it, too")
@@ -418,12 +435,13 @@ def check_plan(args, encoder, decoder):
             raise ValueError(f"--baselines {kind}:{e}+{d}: not a shape that equal spans make of {encoder}+{decoder}")
 
 
-def train_teacher(teacher, batches, args, loop, first):
+def train_teacher(teacher, batches, args, loop):
     """Train the teacher, or fine-tune it, on the pairs. With --self-distill-steps it then trains once more, as a KD
     student of its own size whose teacher is a frozen copy of itself (born-again networks,
     https://arxiv.org/abs/1805.04770). With dropout a student may become better than its teacher; a bank trains without,
     so the better one has to be there before. first-teacher/ keeps the model between the two, with its outputs.
-    loop: the options of `fit`; first: does this process write files?"""
+    loop: the options of `fit`."""
+    first = processes()[0] == 0  # it writes files
     folder = args.out / ("first-teacher" if args.self_distill_steps else "teacher")
     if not folder.exists():
         say(f"teacher: {parameters(teacher):,} parameters, {args.teacher_steps} steps")

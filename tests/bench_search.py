@@ -45,7 +45,7 @@ def main(argv):
     args = parse_args(["--resume", "--out", str(asked.run)])
     teacher, tokenizer = load_t5(args.out / "teacher").to(args.device), Tokenizer(args.out)
     bank = load_bank(args.out / "bank.safetensors", teacher).to(args.device).eval()
-    probe = load_batches(args.out / "valid.safetensors")
+    probe = load_batches(args.out / "valid.safetensors", teacher.config.vocab_size)
     valid = read_data(args)["valid"]
     unseen = [valid[i] for i in sorted({*range(len(valid))} - {*probe_rows(len(valid))})]
     if not unseen:

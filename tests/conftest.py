@@ -1,8 +1,11 @@
 """What all test files share."""
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
+ASIDE = ("graded", "survival", "two_commands", "two_processes")  # fixtures: futures of what works on a second core
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -14,12 +17,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def aside():
+    """A thread that waits for processes on a second core, one after the other, so that it is never idle."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)  # those of tests that will not run, after a failure or an interrupt
+
+
 def pytest_collection_modifyitems(items):
-    """Some tests wait for a process that works on a second core. The first that asks for it starts it, so the grader's
-    (test_assignments.py), which works longest, is the first of all; those that wait come last."""
-    graded, survival = ([item for item in items if fixture in getattr(item, "fixturenames", ())]
-                        for fixture in ("graded", "survival"))
-    first, last = graded[:1], survival[1:] + graded[1:]
+    """The first test that asks for a fixture of ASIDE starts it, and does not wait for it: those are the first of all.
+    Those that wait come last."""
+    asking = [[item for item in items if name in getattr(item, "fixturenames", ())] for name in ASIDE]
+    first = list(dict.fromkeys(own[0] for own in asking if own))
+    last = list(dict.fromkeys(item for own in asking for item in own[1:] if item not in first))
     items[:] = [*first, *(item for item in items if item not in first + last), *last]
 
 

@@ -372,9 +372,14 @@ BATCHES = [(torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]]), torch.tensor([[11, 12, 1
 def test_batches_come_back(tmp_path):
     batches = [*BATCHES, *BATCHES, BATCHES[0]]
     a.save_batches(batches, tmp_path / "valid.safetensors")
-    found = a.load_batches(tmp_path / "valid.safetensors")
+    found = a.load_batches(tmp_path / "valid.safetensors", 27)
     assert len(found) == 5 and all(torch.equal(x, y) for pair in zip(found, batches) for x, y in zip(*pair)), \
         "all of them, in order"
+    with pytest.raises(ValueError, match=r"valid\.safetensors: tensor 'target.1' .* below 26"):
+        a.load_batches(tmp_path / "valid.safetensors", 26)  # it has a 26
+    m.write_safetensors({"source.0": torch.ones(1, 2), "target.0": torch.ones(1, 2)}, tmp_path / "valid.safetensors")
+    with pytest.raises(ValueError, match="tensor 'source.0'"):
+        a.load_batches(tmp_path / "valid.safetensors", 27)
 
 
 @pytest.mark.parametrize("n, granularities", ((1, []), (6, [2, 3]), (8, [2, 4]), (12, [3, 4, 6])))
@@ -457,10 +462,17 @@ def test_damages_are_measured_once(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(a, "damages", None)
     assert a.read_damages(tmp_path, teacher, bank, BATCHES) == first, "the second time they are read"
     stored = json.loads((tmp_path / "damage.json").read_text(encoding="utf-8"))
-    for other in ({"divergence": {"encoder": {}, "decoder": {}}}, stored["divergence"]):  # the latter: of what?
-        (tmp_path / "damage.json").write_text(json.dumps(other), encoding="utf-8")
-        with pytest.raises(ValueError, match=r"damage\.json.*remove it"):
-            a.read_damages(tmp_path, teacher, bank, BATCHES)
+    (tmp_path / "damage.json").write_text(json.dumps({**stored, "decoder": {}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"damage\.json.*remove it"):
+        a.read_damages(tmp_path, teacher, bank, BATCHES)
+    (tmp_path / "damage.json").write_text(json.dumps(stored), encoding="utf-8")
+    measured = []
+    monkeypatch.setattr(a, "damages", lambda teacher, bank, batches: measured.append(batches) or every_damage(bank))
+    a.read_damages(tmp_path, teacher, bank, BATCHES[:1])
+    with torch.no_grad():
+        next(bank.parameters()).view(-1)[0] += 1
+    assert a.read_damages(tmp_path, teacher, bank, BATCHES[:1]) == every_damage(bank)
+    assert measured == [BATCHES[:1]] * 2, "for other batches they are measured anew, and for another bank"
 
 
 def test_layer_seconds_fits_the_line(monkeypatch):
@@ -587,7 +599,7 @@ def test_search_keeps_the_budget(run_folder, tmp_path, capsys, monkeypatch, opti
     assert predicted == pytest.approx(measured, abs=0.01), "the prediction is that of the model that was chosen"
 
 
-def test_a_ratio_is_reached_as_it_is_printed(run_folder, capsys, monkeypatch):
+def test_a_ratio_is_reached_as_it_is_printed(run_folder, capsys, quick, monkeypatch):
     asked = []
     monkeypatch.setattr(a, "search", lambda teacher, bank, damage, allowed, batches: asked.append(allowed))
     command(capsys, run_folder, "--ratio", "1.67")
@@ -604,7 +616,8 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
     assert speeds == sorted(speeds) and damages == sorted(damages), "faster must cost more, or it would not be listed"
     teacher = m.load_t5(run_folder / "teacher")
     bank = mod.load_bank(run_folder / "bank.safetensors", teacher)
-    damage = a.read_damages(run_folder, teacher, bank, None)  # stored by the command
+    monkeypatch.setattr(a, "damages", None)  # stored by the command
+    damage = a.read_damages(run_folder, teacher, bank, a.load_batches(run_folder / "valid.safetensors", 10 ** 6))
     least = {tuple(map(len, paths.values())): estimate
              for estimate, paths in a.candidates(teacher, bank, damage, lambda e, d: True)}
     worth = [f"{e}+{d}" for (e, d), estimate in least.items() if not any(
@@ -674,7 +687,8 @@ def test_a_run_without_validation_pairs(run_folder, tmp_path, capsys):
     m.write_safetensors({}, folder / "valid.safetensors")
     status, _, error = command(capsys, folder, "--ratio", "2")
     assert status == 2 and "valid.safetensors: not a file of batches" in error and error.count("\n") == 1
-    m.write_safetensors({"source.0": torch.ones(1, 2), "source.1": torch.ones(1, 2)}, folder / "valid.safetensors")
+    m.write_safetensors(dict.fromkeys(("source.0", "source.1"), torch.ones(1, 2, dtype=torch.long)),
+                        folder / "valid.safetensors")
     status, _, error = command(capsys, folder, "--ratio", "2")
     assert status == 2 and "valid.safetensors: not a file of batches" in error and error.count("\n") == 1
 
@@ -848,7 +862,8 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--speedup", "1000", "--strategy", "size-first"], ["--speedup 1000", "3.33"]),
     (["--speedup", "1000"], ["--speedup 1000", "--list"]),
     (["--ratio", "2", "--batch-size", "0"], ["--batch-size 0"]),
-    (["--ratio", "2", "--batch-size", "-1"], ["--batch-size -1"])))
+    (["--ratio", "2", "--batch-size", "-1"], ["--batch-size -1"]),
+    (["--ratio", "2", "--batch-size", str(1 << 61)], ["--batch-size", "at most"])))
 def test_bad_options(run_folder, tmp_path, capsys, quick, options, words):
     status, out, error = command(capsys, run_folder, *options, "--out", tmp_path / "small")
     assert status == 2, f"a wrong option is exit status 2: {options}"
@@ -893,7 +908,7 @@ def test_bad_run_folder(run_folder, tmp_path, capsys, quick, monkeypatch, change
     assert {path.name for path in tmp_path.iterdir()} <= {"run"}, "nothing is written"
 
 
-def test_a_bug_keeps_its_traceback(run_folder, monkeypatch):
+def test_a_bug_keeps_its_traceback(run_folder, quick, monkeypatch):
     def broken(*_):
         raise RuntimeError("a bug")
     monkeypatch.setattr(a, "assemble", broken)

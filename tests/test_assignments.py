@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -326,22 +325,22 @@ class Grader:
     def grade(self, command, sources):
         """The exit status and output of a grading command where the six files are `sources`."""
         for file, text in sources.items():
-            (self.folder / file).write_text(text, encoding="utf-8")
-        shutil.rmtree(self.folder / "__pycache__", ignore_errors=True)  # it goes by the second and the size of a file
+            if (path := self.folder / file).read_text(encoding="utf-8") != text:
+                path.write_text(text, encoding="utf-8")
+                for compiled in (self.folder / "__pycache__").glob(f"{path.stem}.*"):
+                    compiled.unlink()  # it goes by the second and the size of a file
         print(json.dumps([str(self.folder), shlex.split(command), 60]), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
 
 @pytest.fixture(scope="session")
-def graded(tmp_path_factory, request):
-    """{test id: future of the exit status and output}. The grader works on a second core while other tests run, which
-    conftest.py puts between the first test that asks for it and the rest of them."""
+def graded(aside, tmp_path_factory, request):
+    """{test id: future of the exit status and output}. The grader works on a second core while other tests run."""
     grader = Grader(tmp_path_factory.mktemp("course") / "project")
-    with ThreadPoolExecutor(1) as pool:
-        yield {item.nodeid: pool.submit(lambda exercise, sources: grader.grade(exercise.command, sources),
-                                        *QUESTIONS[item.originalname](**item.callspec.params))
-               for item in request.session.items if "graded" in getattr(item, "fixturenames", ())}
-        pool.shutdown(cancel_futures=True)  # those of tests that will not run, after a failure or an interrupt
+    yield {item.nodeid: aside.submit(lambda exercise, sources: grader.grade(exercise.command, sources),
+                                     *QUESTIONS[item.originalname](**item.callspec.params))
+           for item in request.session.items if getattr(item, "originalname", "") in QUESTIONS}
+    aside.shutdown(cancel_futures=True)
     grader.process.stdin.close()
     grader.process.wait()
 
@@ -371,6 +370,13 @@ def assert_caught(status, output, rule, command):
     assert status != 0, f"`{command}` passes: strengthen the tests that it selects"
     assert status == 1, f"`{command}` must fail in a test, and not with exit status {status}:\n{output[-2000:]}"
     assert rule in output, f"the failure must say: ... {rule} ..., so that a student learns from it:\n{output[-4000:]}"
+
+
+@needs_fork
+def test_grading_begins(graded, request):
+    """The first test of all: see conftest.py."""
+    waiting = {item.nodeid for item in request.session.items if "graded" in getattr(item, "fixturenames", ())}
+    assert set(graded) == waiting - {request.node.nodeid}, "who waits for a grade has asked for it"
 
 
 @needs_fork

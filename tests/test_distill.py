@@ -4,6 +4,7 @@ distill.py: the losses against hand calculations, one training loop, what it mov
     python -m pytest tests/test_distill.py
 """
 
+import contextlib
 import copy
 import io
 import itertools
@@ -577,7 +578,10 @@ def in_two_processes(rank, folder):
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    two = torch.multiprocessing.spawn(in_two_processes, (tmp_path,), nprocs=2, join=False)
+    method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
+    torch.multiprocessing.set_forkserver_preload(["torch._dynamo", "pytest"])  # once for both: seconds
+    two = torch.multiprocessing.start_processes(in_two_processes, (tmp_path,), nprocs=2, join=False,
+                                                start_method=method)
     train_all(tmp_path)
     while not two.join():
         pass
@@ -679,6 +683,8 @@ def test_sampled_rates_of_a_training(monkeypatch):
                 "the layers that run are those of the sampled path"
         return {"ce": torch.zeros((), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
+    monkeypatch.setattr(d, "fit", lambda bank, step_loss, batches, steps, **_: [
+        step_loss(step, *batches[step]) for step in range(steps)])  # nothing moves: no optimizer
     steps = 600
     batches = [(SOURCE, TARGET)] * steps
     options = dict(lr=1e-2, weights=d.CE_ONLY)  # without distillation no path is of the teacher's layers
@@ -1179,6 +1185,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
         "--resume with a lower rate must find weights to go on from"
 
 
+def test_float16_gives_up_where_no_scale_helps():
+    """Else all steps are skipped, and what comes out has learnt nothing."""
+    model = tiny(1, 1)
+
+    def step_loss(step, source, target):
+        return {"ce": d.losses(model, source, target, d.CE_ONLY)["ce"] + (0 * model.embedding.weight.sum()).sqrt()}, {}
+    with pytest.raises(FloatingPointError, match="bank: the gradient is not finite at step 17"):  # 2^16 halved to 1/2
+        d.fit(model, step_loss, toy_batches(40), 40, weights=d.CE_ONLY, lr=1e-3, name="bank", dtype=torch.float16)
+
+
 def test_out_of_memory_names_the_batch():
     def step_loss(step, source, target):
         if step == 1:
@@ -1270,10 +1286,18 @@ def test_pick_dtype(monkeypatch):
         assert d.pick_dtype("auto", "cpu", 64) is dtype, "bfloat16 on a CPU where it takes less than 0.7 of the time"
     monkeypatch.setattr(d.time, "perf_counter", iter((0, 6, 10, 20)).__next__)
     assert d.pick_dtype("auto", "mps", 64) is torch.float32, "elsewhere auto takes no risk"
+    current = [None]
+
+    @contextlib.contextmanager
+    def device(name):
+        current.append(name)
+        yield
+    monkeypatch.setattr(torch.cuda, "device", device)
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported
                             or including_emulation)
-        assert d.pick_dtype("auto", "cuda:0", 64) is dtype, "bfloat16 on a GPU that has it, not one that emulates it"
+        assert d.pick_dtype("auto", "cuda:1", 64) is dtype, "bfloat16 on a GPU that has it, not one that emulates it"
+        assert current[-1] == "cuda:1", "that one is asked, not the first"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")

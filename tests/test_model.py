@@ -289,7 +289,7 @@ def test_attention_has_heads():
 def test_attention_cache_by_hand():
     """`append` takes the new keys and values and returns the first `visible`, in order."""
     layer, memory = tiny().decoder.layers[0], torch.randn(2, 5, 16)
-    cache = m.LayerCache(layer, memory, max_length=4)
+    cache = m.LayerCache(layer, memory, max_length=4, beams=1)
     keys = torch.arange(1, 2 * 3 * 4 * 4 + 1, dtype=torch.float32).view(2, 3, 4, 4)  # (B, H, T, d_kv)
     place = cache.keys.data_ptr(), cache.values.data_ptr()
     for start, stop in ((0, 1), (1, 2), (2, 4)):
@@ -603,11 +603,10 @@ def slow_search(model, row, n, beams, penalty=1.0):
     """Beam search as one would write it first: Python lists, one sentence, no cache. (S,) ids -> list of ids."""
     eos, running, finished = model.config.eos_token_id, [(0.0, [])], []
     for t in range(1, n + 1):
-        candidates = []
-        for score, ids in running:
-            start = [model.config.decoder_start_token_id]
-            log_probs = model(row[None], torch.tensor([start + ids]))[0, -1].log_softmax(-1)
-            candidates += [(score + log_prob, ids + [i]) for i, log_prob in enumerate(log_probs.tolist())]
+        prefixes = torch.tensor([[model.config.decoder_start_token_id, *ids] for _, ids in running])  # all of t tokens
+        log_probs = model(row.expand(len(running), -1), prefixes)[:, -1].log_softmax(-1).tolist()
+        candidates = [(score + log_prob, ids + [i]) for (score, ids), each in zip(running, log_probs)
+                      for i, log_prob in enumerate(each)]
         running = []
         for rank, (score, ids) in enumerate(sorted(candidates, reverse=True)[:2 * beams]):
             if ids[-1] != eos and t < n:
@@ -768,8 +767,9 @@ def test_greedy_and_64_tokens_by_default(text_folder, capsys, monkeypatch):
     assert m.main([str(text_folder), "text"]) == 0 and asked == [(64, 1)], "on the command line, too"
 
 
-@pytest.mark.parametrize("options", ({"max_new_tokens": 0}, {"num_beams": 0}))
-def test_generate_refuses_counts_below_one(options):
+@pytest.mark.parametrize("options", ({"max_new_tokens": 0}, {"num_beams": 0}, {"max_new_tokens": 1 << 61},
+                                     {"num_beams": 10 ** 20}))
+def test_generate_refuses_impossible_counts(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         tiny().generate(padded([[4, 1]]), **options)
     with pytest.raises(ValueError, match="sentences"):
@@ -1137,7 +1137,7 @@ def test_read_safetensors_truncated(folder):
     b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [0, 99999999999999999999], "data_offsets": [0, 0]}}',
-    b'{"__metadata__": {"a": "' + b"x" * 2**20 + b'"}}',  # larger than any header has reason to be
+    b'{"__metadata__": {"a": "' + b"x" * 2**21 + b'"}}',  # larger than any header has reason to be
     b'{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
     b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'))
@@ -1306,6 +1306,17 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
+def test_two_runs_may_fetch_at_once(hub, monkeypatch):
+    """The other one, killed half-way, must leave nothing in what this one writes."""
+    hub.cache.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (hub.cache / f"{name}.part").mkdir()  # writing there would fail
+    fetched, replace = [], m.os.replace
+    monkeypatch.setattr(m.os, "replace", lambda part, path: fetched.append(str(part)) or replace(part, path))
+    assert_same_logits("me/tiny")
+    assert len(fetched) == 3 and all(part.endswith(f".{os.getpid()}.part") for part in fetched)
+
+
 def test_fetch_by_name_once(hub):
     assert_same_logits("me/tiny")
     assert {path.name for path in hub.cache.iterdir()} == {"config.json", "spiece.model", "model.safetensors"}
@@ -1441,6 +1452,17 @@ def test_command_line_names_the_bad_file(folder):
                          timeout=60)
     assert run.returncode == 2 and run.stdout == "", "a user's mistake is exit status 2"
     assert run.stderr.count("\n") == 1 and "model.safetensors" in run.stderr, "one line that names the file"
+
+
+def test_of_many_processes_each_tries_its_own_gpu(monkeypatch):
+    tried, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, device: tried.append(device) or zeros(n))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        m.Parser.device("cuda")
+    m.Parser.device("cpu")
+    assert tried == ["cuda:0", "cuda:1", "cuda", "cpu"], "the third has none: train.py says so"
 
 
 def ends(error, context=None):

@@ -8,7 +8,6 @@ import importlib
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,28 +23,27 @@ def run(*line, **options):
 
 
 @pytest.fixture(scope="session")
-def survival():
+def survival(aside):
     """Future of the end of bench_survival.py. It runs on a second core beside other tests: see conftest.py."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run, ROOT / "tests" / "bench_survival.py", "--stops", 1, "--mutations", 100)
+    return aside.submit(run, ROOT / "tests" / "bench_survival.py", "--stops", 1, "--mutations", 100)
 
 
-def test_two_commands_from_another_folder_without_a_terminal(survival, tmp_path):
-    """Relative paths, with a blank and letters in them, and --resume from elsewhere. It takes a while: `survival` is
-    asked for so that it starts beside it."""
-    home = tmp_path / "ein Häuschen"
+@pytest.fixture(scope="session")
+def two_commands(aside, tmp_path_factory):
+    """Future of the ends of a run and of its --resume: relative paths, with a blank and letters in them, and from
+    another folder. Also on the second core."""
+    home = tmp_path_factory.mktemp("two") / "ein Häuschen"
     home.mkdir()
     for name, words in (("a.tsv", "bcde"), ("b.tsv", "fg")):
         (home / name).write_text("".join(f"{word} a\t{word} é\n" for word in words), encoding="utf-8")
-    done = run(ROOT / "train.py", "--train", "a.tsv", "--valid", "b.tsv", "--test", "b.tsv", "--layers", 2,
-               "--d-model", 32, "--vocab", 30, "--teacher-steps", 1, "--self-distill-steps", 1, "--steps", 1,
-               "--max-length", 4, "--device", "cpu", "--dtype", "float32", cwd=home)
-    assert done.returncode == 0 and "| teacher " in done.stdout, done.stderr
-    assert done.stderr == "", "without a terminal no progress bar is drawn"
-    (home / "run" / "results.json").unlink()
-    again = run(ROOT / "train.py", "--resume", "--out", "ein Häuschen/run", cwd=tmp_path)
-    assert again.returncode == 0 and again.stderr == "", again.stderr
-    assert "| teacher " in again.stdout, "the data files are found from another folder"
+
+    def both():
+        done = run(ROOT / "train.py", "--train", "a.tsv", "--valid", "b.tsv", "--test", "b.tsv", "--layers", 2,
+                   "--d-model", 32, "--vocab", 30, "--teacher-steps", 1, "--self-distill-steps", 1, "--steps", 1,
+                   "--max-length", 4, "--device", "cpu", "--dtype", "float32", cwd=home)
+        (home / "run" / "results.json").unlink(missing_ok=True)
+        return done, run(ROOT / "train.py", "--resume", "--out", "ein Häuschen/run", cwd=home.parent)
+    return aside.submit(both)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -61,7 +59,8 @@ def test_python_3_10_reads_it(file):
 
 @needs_fork
 @pytest.mark.parametrize("name", ("bench_quality", "bench_search", "bench_speed"))
-def test_benchmarks_find_what_they_import(name, monkeypatch):
+def test_benchmarks_find_what_they_import(name, monkeypatch, survival, two_commands):
+    """The first asks for what the last tests wait for, so that it starts early: see conftest.py."""
     monkeypatch.syspath_prepend(ROOT / "tests")
     assert importlib.import_module(name).main(["--no-such-option"]) == 2
 
@@ -74,6 +73,14 @@ def test_text_files_are_utf_8_on_every_system(file):
             if name in ("read_text", "write_text") or name == "open" and "b" not in ast.unparse(call.args[1:2]):
                 assert any(keyword.arg == "encoding" for keyword in call.keywords), \
                     f"{file.name}:{call.lineno}: without an encoding, {name} takes another one on Windows"
+
+
+def test_two_commands_from_another_folder_without_a_terminal(two_commands):
+    done, again = two_commands.result()
+    assert done.returncode == 0 and "| teacher " in done.stdout, done.stderr
+    assert done.stderr == "", "without a terminal no progress bar is drawn"
+    assert again.returncode == 0 and again.stderr == "", again.stderr
+    assert "| teacher " in again.stdout, "the data files are found from another folder"
 
 
 @needs_fork

@@ -2,7 +2,8 @@
 
     pytest tests/test_train.py
 """
-import functools
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ import train
 from assemble import assemble
 from assemble import main as assemble_main
 from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus
-from model import QUICK, load_t5, read_json, read_safetensors, write_json, write_safetensors
+from model import (MAX_HEADER, QUICK, T5, T5Config, load_t5, read_json, read_safetensors, write_json,
+                   write_safetensors)
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -33,13 +35,14 @@ BASELINES = "sft:3+3,kd:3+2,pseudo:1+1,theseus:2+3"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One short round for each speed, as nobody reads these."""
+    """No speed is measured, as nobody reads these: the time is the number of layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "speedup", functools.partial(train.speedup, tokens=2, rounds=1))
+        patch.setattr(train, "speedup", lambda teacher, model, source: sum(teacher.depths.values())
+                      / sum(model.depths.values()))
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A training, a validation and a test file of toy pairs, as .tsv, .jsonl and two parallel files."""
     folder = tmp_path_factory.mktemp("data")
@@ -59,22 +62,18 @@ def data_args(files):
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
-    """The folder of one small run with every kind of baseline, and what it printed."""
+    """The folder of one small run with every kind of baseline; beside it, in "printed", what it printed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    status = train.main([*data_args(files), *SMALL, "--out", str(out), "--metric", "exact",
-                         "--baselines", BASELINES])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = train.main([*data_args(files), *SMALL, "--out", str(out), "--metric", "exact",
+                             "--baselines", BASELINES])
     assert status == 0, "a run on good files ends with exit status 0"
+    (out.parent / "printed").write_text(printed.getvalue(), encoding="utf-8")
     return out
 
 
-def test_without_a_terminal_progress_is_lines(finished, files, tmp_path, capsys):
-    shutil.copytree(finished / "teacher", tmp_path / "run" / "teacher")
-    for name in ("args.json", "spiece.model"):
-        shutil.copyfile(finished / name, tmp_path / "run" / name)
-    settings = json.loads((finished / "args.json").read_text(encoding="utf-8"))
-    (tmp_path / "run" / "args.json").write_text(json.dumps({**settings, "baselines": ""}))
-    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_without_a_terminal_progress_is_lines(finished):
+    lines = (finished.parent / "printed").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("bank: step 1 of 4, loss") for line in lines), "no progress bar there: a line instead"
 
 
@@ -220,12 +219,29 @@ def test_least_settings():
         train.parse_args([f"--{name}", str(least)])
         with pytest.raises(ValueError, match=f"--{name} {least - 1}: must be at least {least}"):
             train.parse_args([f"--{name}", str(least - 1)])
+    for name in ("seed", "layers", "vocab", "d-model", "max-length", "batch-tokens", "num-beams"):
+        with pytest.raises(ValueError, match=f"--{name} {10 ** 20}: must be at most"):  # torch would fail, later
+            train.parse_args([f"--{name}", str(10 ** 20)])
+    with pytest.raises(ValueError, match="--prefix: not valid UTF-8"):
+        train.parse_args(["--train", "a.tsv", "--valid", "a.tsv", "--test", "a.tsv", "--prefix", "\udcff"])
     for rate in ("-0.1", "1", "nan"):
         with pytest.raises(ValueError, match=f"--dropout {float(rate)}: must be"):
             train.parse_args(["--dropout", rate])
 
 
-def test_prefix_stands_before_every_source(files):
+def test_a_bank_of_the_most_layers_can_be_read():
+    """Its tensors' names and places fit into a header, also with all the granularities there can be."""
+    teacher, end = T5(T5Config(9, 32, 8, 16, 4, 1, 1)), 10 ** 12  # of T5-11B's size
+    for grains in (None, [g for g in range(2, 300) if 300 % g == 0]):
+        spans = module_spans(300, grains or default_granularities(300))
+        header = {f"{stack}.{start}-{stop}.{name}": {"dtype": "F32", "shape": [4096, 4096], "data_offsets": [end, end]}
+                  for stack in STACKS for start, stop in spans
+                  for name, _ in getattr(teacher, stack).layers[0].named_parameters()}
+        assert 9000 < len(header) and len(json.dumps(header)) < MAX_HEADER - 10_000, "and the frame's few"
+
+
+def test_prefix_stands_before_every_source(files, two_processes):
+    """It asks for two_processes so that they start early: see conftest.py."""
     plain, prefixed = (train.read_data(train.parse_args([*data_args(files), *options]))
                        for options in ([], ["--prefix", "x: "]))
     for name, pairs in plain.items():
@@ -250,11 +266,19 @@ def test_shapes_of_the_table_by_hand(encoder, decoder, shapes):
         f"{encoder}+{decoder}: 1.1x to 6x, both stacks alike, then half and the least of each stack alone; none twice"
 
 
-def test_two_processes_make_one_run(files, tmp_path):
+@pytest.fixture(scope="session")
+def two_processes(aside, files, tmp_path_factory):
+    """A folder, and the future of the end of torchrun with two processes that make a run in it."""
+    folder = tmp_path_factory.mktemp("two")
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             str(Path(train.__file__)), *data_args(files), *SMALL, "--layers", "2", "--granularities", "2",
-            "--out", str(tmp_path / "run"), "--metric", "exact", "--baselines", "kd:1+1"]
-    run = subprocess.run(line, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            "--out", str(folder / "run"), "--metric", "exact", "--baselines", "kd:1+1"]
+    return folder, aside.submit(subprocess.run, line, capture_output=True, text=True, timeout=300,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_make_one_run(two_processes):
+    tmp_path, run = two_processes[0], two_processes[1].result()
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("% of teacher") == 1, "the first process prints the table, the second nothing"
     records = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -435,7 +459,8 @@ def test_frontier_is_valid_svg_for_white_and_dark_pages(finished):
     assert not any(colour in text for colour in ("#000", "#fff", "black", "white")), "mid-tones read on any page"
 
 
-def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys):
+def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("assemble.seconds", lambda model, source, tokens: float(sum(model.depths.values())))
     status = assemble_main([str(finished), "--ratio", "2", "--out", str(tmp_path / "half"), "--device", "cpu"])
     out, layers = capsys.readouterr().out, sum(load_t5(tmp_path / "half").depths.values())
     assert status == 0 and layers <= 6, "--ratio 2 is at most half of 6+6 layers; what 4 steps made may be best smaller"
@@ -611,11 +636,13 @@ def test_teacher_folder_is_taken_with_its_tokenizer(finished, files, tmp_path):
     assert (out / "spiece.model").read_bytes() == (finished / "spiece.model").read_bytes()
 
 
-def test_a_teacher_learns_from_itself(finished, files, tmp_path):
+def test_a_teacher_learns_from_itself(finished, files, tmp_path, monkeypatch):
     """First as without --self-distill-steps; then as a KD student of its own size, on its own outputs."""
     out = tmp_path / "run"
-    assert train.main([*data_args(files), *SMALL, "--out", str(out), "--metric", "exact", "--self-distill-steps", "0",
-                       "--granularities", "6"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "relabel", lambda *_: int("enough"))  # the teacher is there, and nothing else is looked at
+        assert train.main([*data_args(files), *SMALL, "--out", str(out), "--metric", "exact",
+                           "--self-distill-steps", "0"]) == 2
     assert not (out / "first-teacher").exists()
     first = read_safetensors(finished / "first-teacher/model.safetensors")
     for name, tensor in read_safetensors(out / "teacher/model.safetensors").items():
@@ -708,7 +735,7 @@ def test_what_an_error_advises_can_be_done(files, tmp_path, capsys, monkeypatch)
         seen.append(source.size(0))
         return run(student, source, *rest, **options)
     monkeypatch.setattr(distill, "losses", full)
-    assert train.main([*data_args(files), *SMALL, "--out", str(out)]) == 2
+    assert train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(out)]) == 2
     assert "lower --batch-tokens" in capsys.readouterr().err.splitlines()[-1] and not seen
     assert train.main(["--resume", "--out", str(out), "--batch-tokens", "40", "--lr", "1e-3",
                        "--teacher-lr", "2e-3"]) == 0
@@ -749,44 +776,40 @@ def test_resume_without_a_run_is_one_line(tmp_path, capsys, left):
     assert "run: holds no run to go on with: begin one without --resume\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ("first-teacher", "teacher", "checkpoint.pt"))
+@pytest.mark.parametrize("name", ("first-teacher", "teacher", "checkpoint.pt", "log.jsonl", "config.json",
+                                  "frontier.svg"))
 def test_a_run_without_its_settings_is_not_taken_for_a_new_one(files, tmp_path, capsys, name):
+    """Nor is a T5 folder, or the project's own."""
     (tmp_path / "run" / name).mkdir(parents=True)
     assert train.main([*data_args(files), *SMALL, "--out", str(tmp_path / "run")]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds a run or a model already" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name], "nothing is written"
 
 
 def test_damaged_settings_are_named(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     settings = (tmp_path / "run" / "args.json").read_bytes()
-    for content, word in ((settings[:100], "not JSON"), (b"", "not JSON"), (b"{}", "lacks")):
+    good = json.loads(settings)
+    changed = [({**good, **change}, word) for change, word in (
+        ({"steps": "many"}, "--steps"), ({"lr": None}, "lacks lr"), ({"metric": "x"}, "--metric"), ({"steps": 0}, "--steps 0"),
+        ({"granularities": "2;3"}, "--granularities"), ({"dtype": 16}, "--dtype"), ({"new": 1}, "--new"))]
+    for content, word in ((settings[:100], "not JSON"), (b"", "not JSON"), (b"{}", "lacks"),
+                          *((json.dumps(content).encode(), word) for content, word in changed)):
         (tmp_path / "run" / "args.json").write_bytes(content)
         assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "args.json" in err and word in err
 
 
-def test_resume_puts_right_what_was_left(finished, tmp_path):
-    """A kill after the settings, another while a checkpoint was written, a log line that a full disk cut short."""
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    (out / "valid.safetensors").unlink()
-    (out / "bank.safetensors").unlink()
-    (out / "damage.json").write_bytes(b"{}")
-    results = read_json(out / "results.json")
-    for name in ("sft 3+3", "assembly 3+3"):
-        results["rows"][name]["share"] = -1.0
-    write_json(results, out / "results.json")
-    (out / "checkpoint.pt.part").write_bytes(b"half")
-    log = (out / "log.jsonl").read_bytes()
-    (out / "log.jsonl").write_bytes(log + b'{"stage": "ba')
-    assert train.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
-    assert (out / "valid.safetensors").read_bytes() == (finished / "valid.safetensors").read_bytes()
-    assert not list(out.rglob("*.part")) and (out / "log.jsonl").read_bytes().startswith(log + b'{"stage": "bank"')
-    assert (out / "bank.safetensors").read_bytes() == (finished / "bank.safetensors").read_bytes()
-    assert not (out / "damage.json").exists(), "what was measured of an older bank goes"
-    rows = read_json(out / "results.json")["rows"]
-    assert rows["assembly 3+3"]["share"] >= 0 and rows["sft 3+3"]["share"] == -1, "its scores too, but no others"
+def test_settings_come_back_as_they_were(files, tmp_path):
+    """Words that look like options, none at all, numbers with a point, and lists."""
+    given = [*data_args(files), "--out", str(tmp_path), "--prefix", "-x: ", "--lr", "1e-5", "--granularities", "3,2",
+             "--baselines", "", "--device", "cpu", "--dtype", "float32", "--layers", "6"]
+    args = train.parse_args(given)
+    write_json({name: value for name, value in vars(args).items() if name not in train.NOT_OF_THE_RUN},
+               tmp_path / "args.json")
+    again = train.parse_args(["--resume", "--out", str(tmp_path), "--device", "cpu"])
+    assert vars(again) == {**vars(args), "resume": True} and again.prefix == "-x: " and again.granularities == [2, 3]
 
 
 def remove(path):
@@ -794,21 +817,34 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_scores_go_with_their_models(finished, tmp_path, monkeypatch):
-    """A bank, and a student, that are trained anew are scored anew, if that training is interrupted, too."""
+def test_resume_puts_right_what_was_left(finished, tmp_path, monkeypatch):
+    """A kill after the settings, another while a checkpoint was written, a log line that a full disk cut short. A bank,
+    and a student, that are trained anew are scored anew, if that training is interrupted, too."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    before = read_json(out / "results.json")["rows"]
-    for name in ("bank.safetensors", "baselines/sft-3+3"):
+    for name in ("valid.safetensors", "bank.safetensors", "baselines/sft-3+3"):
         remove(out / name)
+    results = read_json(out / "results.json")
+    before = results["rows"]
+    for name in ("kd 3+2", "sft 3+3", "assembly 3+3"):
+        before[name]["share"] = -1.0
+    write_json(results, out / "results.json")
+    (out / "checkpoint.pt.part").write_bytes(b"half")
+    log = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(log + b'{"stage": "ba')
+    arguments = ["--resume", "--out", str(out), "--device", "cpu"]
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_baseline", lambda *_: int("interrupted"))
-        assert train.main(["--resume", "--out", str(out)]) == 2
+        assert train.main(arguments) == 2
     gone = {name for name in before if name.startswith("assembly") or name == "sft 3+3"}
     assert set(before) - set(read_json(out / "results.json")["rows"]) == gone, "theirs, and no others"
-    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert train.main(arguments) == 0
+    assert (out / "valid.safetensors").read_bytes() == (finished / "valid.safetensors").read_bytes()
+    assert not list(out.rglob("*.part")) and (out / "log.jsonl").read_bytes().startswith(log + b'{"stage": "bank"')
+    assert (out / "bank.safetensors").read_bytes() == (finished / "bank.safetensors").read_bytes()
     rows = read_json(out / "results.json")["rows"]
     assert rows.keys() == before.keys() and all(rows[name] == before[name] for name in set(before) - gone)
+    assert all(rows[name]["share"] >= 0 for name in gone), "its scores too, but no others"
 
 
 @pytest.mark.parametrize("name", ("bank.safetensors", "pseudo.json", "baselines", "results.json"))
