@@ -35,6 +35,19 @@ def spearman(x, y):
     return np.corrcoef(ranks(x), ranks(y))[0, 1]
 
 
+def draw(teacher, bank, n):
+    """n distinct assemblies, from hardly any module to modules alone; not the teacher itself."""
+    if not 2 < n < assemblies(teacher, bank) / 2:
+        raise ValueError(f"--random {n}: above 2, and below half of {assemblies(teacher, bank)}")
+    rng, drawn, whole = random.Random(0), [], sum(teacher.depths.values())
+    while len(drawn) < n:
+        rate = rng.random()
+        paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
+        if paths not in drawn and sum(map(len, paths.values())) < whole:
+            drawn.append(paths)
+    return drawn
+
+
 @command_line
 def main(argv):
     """Print both tables."""
@@ -73,14 +86,7 @@ def main(argv):
     def loss(paths):
         return validation_loss(assemble(teacher, bank, paths), batches)
 
-    if not 2 < asked.random < assemblies(teacher, bank) / 2:
-        raise ValueError(f"--random {asked.random}: above 2, and below half of {assemblies(teacher, bank)}")
-    rng, drawn, whole = random.Random(0), [], sum(teacher.depths.values())
-    while len(drawn) < asked.random:
-        rate = rng.random()  # from hardly any module to modules alone
-        paths = {stack: sample_path(teacher.depths[stack], bank.spans[stack], rate, rng) for stack in STACKS}
-        if paths not in drawn and sum(map(len, paths.values())) < whole:  # not the teacher itself
-            drawn.append(paths)
+    drawn = draw(teacher, bank, asked.random)
     guess = list(map(estimate, drawn))
     print("rank correlation of the estimate with divergence and loss over {} random assemblies: {:.3f}, {:.3f}".format(
         len(drawn), spearman(guess, divergence(drawn)), spearman(guess, list(map(loss, drawn)))))
