@@ -31,8 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assemble import assemble, divergences, even_paths, export, parameters, possible_depths, speedup
 from data import Batches, Tokenizer, encode_pairs
-from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
-from model import Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
+from distill import (CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, shrink, train_modules, train_student,
+                     validation_loss)
+from model import T5, Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans, save_bank, with_layers
 from train import (BASELINES, METRICS, PSEUDO_BEAMS, frontier, keep_heap, new_bank, parse_args, parse_baselines,
                    read_data, relabel, study_shapes, train_baseline, translate)
@@ -252,16 +253,19 @@ def little_data(study, seed):
     steps, sizes, everything = study.args.steps, study.sizes(), range(len(study.pairs["train"]))
     for k in (*(k for k in LITTLE if k < len(everything)), len(everything)):
         batches = study.train(seed, {"data", study.args.targets}, random.Random(seed).sample(everything, k))
-        title, kinds = f"little {steps}", ("bank", "sft", "kd", "calibrated kd")
+        title, kinds = f"little {steps}", ("bank", "sft", "kd", "calibrated kd", "kd without dropout")
         for kind, (e, d) in product(kinds, dict.fromkeys(sizes[:1] + sizes[-1:])):
             def score():
                 name = f"{kind}-{e}+{d}-{k}-{steps}-{seed}"
                 if kind == "bank":
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
                     model = study.assembly(bank, e, d)
-                elif kind == "calibrated kd":  # how much of the bank's lead is its start?
-                    start = new_bank(study.teacher, batches[study.args.targets], study.args)
-                    model = study.assembly(start, e, d)
+                elif kind in ("calibrated kd", "kd without dropout"):  # how much is the bank's start, or that it has no dropout?
+                    if kind == "calibrated kd":
+                        model = study.assembly(new_bank(study.teacher, batches[study.args.targets], study.args), e, d)
+                    else:
+                        model = shrink(study.teacher, e, d)
+                        model.train = lambda mode=True, model=model: T5.train(model, False)
                     train_student(model, batches[study.args.targets], steps, study.teacher, lr=study.args.lr, name=name,
                                   **study.loop(name, seed))
                 else:
