@@ -378,6 +378,9 @@ def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={
     Raises FloatingPointError, naming the step and the terms, for a loss or a gradient that is not finite, before it
     moves anything (in float16 for a gradient at any loss scale from 1 on); MemoryError, naming the step and the batch's shape; ValueError for a damaged checkpoint.
     """
+    # cuDNN's attention makes NaN gradients of scores below -88 on some GPUs, and T5 does not scale its scores
+    # (https://github.com/pytorch/pytorch/issues/196678); torch's own kernels do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     parameters = list(trained.parameters())
     device = parameters[0].device
     rank, world = processes()

@@ -1185,6 +1185,12 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
         "--resume with a lower rate must find weights to go on from"
 
 
+def test_training_does_not_use_cudnns_attention():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    d.train_student(tiny(1, 1), toy_batches(1), 1, lr=1e-3)
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "its gradients may be NaN"
+
+
 def test_float16_gives_up_where_no_scale_helps():
     """Else all steps are skipped, and what comes out has learnt nothing."""
     model = tiny(1, 1)
@@ -1298,6 +1304,21 @@ def test_pick_dtype(monkeypatch):
                             or including_emulation)
         assert d.pick_dtype("auto", "cuda:1", 64) is dtype, "bfloat16 on a GPU that has it, not one that emulates it"
         assert current[-1] == "cuda:1", "that one is asked, not the first"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+@pytest.mark.parametrize("length", (64, 128, 192))
+def test_cuda_trains_with_low_scores(length):
+    """Attention scores far below -88 in rows with a mask, where cuDNN's kernel makes NaN of the queries' gradients."""
+    model = tiny(1, 1, d_kv=32, dropout_rate=0.0).to("cuda")
+    with torch.no_grad():
+        cross = model.decoder.layers[0].cross_attention
+        cross.q.weight.normal_(0, 20)
+        cross.k.weight.copy_(-cross.q.weight)  # of like inputs the products are negative
+    source = torch.randint(3, 40, (1, 1)).repeat(4, length)
+    target = source[:, :1].repeat(1, length)
+    d.train_student(model, [(source, target)] * 2, 2, lr=1e-3, dtype=torch.bfloat16)  # raises if one is not finite
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
