@@ -183,8 +183,8 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
         D = argmin sum_n |r_n - D x_n|^2 + sum_j lambda_j |D_j|^2
           = (sum_n r_n x_n^T) (sum_n x_n x_n^T + diag(lambda))^-1
     D_j its column of feature j, and lambda_j the share `ridge` of sum_n x^2, the mean over the features of j's
-    sub-layer. x changes with W, so it takes some rounds. All in float32: call it outside of autocast. Least squares to stand in for layers:
-    https://arxiv.org/abs/2505.02819, which puts one matrix there.
+    sub-layer. x changes with W, so it takes some rounds. All in float32: call it outside of autocast. Least squares to
+    stand in for layers: https://arxiv.org/abs/2505.02819, which puts one matrix there.
     """
     teacher.eval(), bank.eval()
     device, pad = teacher.embedding.weight.device, teacher.config.pad_token_id
@@ -234,10 +234,10 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
     Together they run `passes` times as many rows as the batch has, and at least one each, on rows drawn for each, in
-    proportion to g but none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands for six layers
-    has more to learn than what stands for two. The encoder's granularity is drawn for each, with chances in proportion
-    to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others that it rarely
-    meets again (README, "Ablations"). "ce" and the other terms are means over the granularities.
+    proportion to g but none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands
+    for six layers has more to learn than what stands for two. The encoder's granularity is drawn for each, with chances
+    in proportion to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others
+    that it rarely meets again (README, "Ablations"). "ce" and the other terms are means over the granularities.
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path; so do distilled modules: they see too
     few rows for dropout to pay (README, "What did not work").
@@ -376,7 +376,8 @@ def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={
     whose gradients overflowed, which move nothing. checkpoint: a path, written every `save_every` seconds.
     Under torchrun every process takes its share of each batch's rows; the first alone logs and writes.
     Raises FloatingPointError, naming the step and the terms, for a loss or a gradient that is not finite, before it
-    moves anything (in float16 for a gradient at any loss scale from 1 on); MemoryError, naming the step and the batch's shape; ValueError for a damaged checkpoint.
+    moves anything (in float16 for a gradient at any loss scale from 1 on); MemoryError, naming the step and the batch's
+    shape; ValueError for a damaged checkpoint.
     """
     # cuDNN's attention makes NaN gradients of scores below -88 on some GPUs, and T5 does not scale its scores
     # (https://github.com/pytorch/pytorch/issues/196678); torch's own kernels do not.

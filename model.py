@@ -426,8 +426,9 @@ class Cache:
 def table(rows, width):
     """An nn.Embedding. On "meta", where there are shapes alone, torch would import its compiler to draw weights that
     are not there: two seconds."""
-    weight = torch.empty(rows, width)
-    return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
+    if torch.empty(0).is_meta:
+        return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding(rows, width)
 
 
 class T5(nn.Module):
