@@ -260,7 +260,7 @@ def little_data(study, seed):
                 if kind == "bank":
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
                     model = study.assembly(bank, e, d)
-                elif kind in ("calibrated kd", "kd without dropout"):  # what is the bank's start worth, what no dropout?
+                elif kind in ("calibrated kd", "kd without dropout"):  # what are the bank's start and no dropout worth?
                     if kind == "calibrated kd":
                         model = study.assembly(new_bank(study.teacher, batches[study.args.targets], study.args), e, d)
                     else:

@@ -792,7 +792,8 @@ def test_damaged_settings_are_named(finished, tmp_path, capsys):
     good = json.loads(settings)
     changed = [({**good, **change}, word) for change, word in (
         ({"steps": "many"}, "--steps"), ({"lr": None}, "lacks lr"), ({"metric": "x"}, "--metric"),
-        ({"steps": 0}, "--steps 0"), ({"granularities": "2;3"}, "--granularities"), ({"dtype": 16}, "--dtype"), ({"new": 1}, "--new"))]
+        ({"steps": 0}, "--steps 0"), ({"granularities": "2;3"}, "--granularities"), ({"dtype": 16}, "--dtype"),
+        ({"new": 1}, "--new"))]
     for content, word in ((settings[:100], "not JSON"), (b"", "not JSON"), (b"{}", "lacks"),
                           *((json.dumps(content).encode(), word) for content, word in changed)):
         (tmp_path / "run" / "args.json").write_bytes(content)
