@@ -192,10 +192,11 @@ def read_damages(run, teacher, bank, batches):
     def name(modules):
         """((0, 2), (2, 4)) -> "0-2,2-4"."""
         return ",".join(f"{a}-{b}" for a, b in modules)
-    if not file.exists() or read_json(file).get("of") != of.hexdigest():
-        write_json({"of": of.hexdigest(), **{stack: {name(modules): each for modules, each in found.items()}
-                                             for stack, found in damages(teacher, bank, batches).items()}}, file)
-    stored = read_json(file)
+    stored = read_json(file) if file.exists() else {}
+    if stored.get("of") != of.hexdigest():
+        stored = {"of": of.hexdigest(), **{stack: {name(modules): each for modules, each in found.items()}
+                                           for stack, found in damages(teacher, bank, batches).items()}}
+        write_json(stored, file)
     try:
         return {stack: {modules: float(stored[stack][name(modules)]) for modules in neighbours(bank.spans[stack])}
                 for stack in STACKS}

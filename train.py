@@ -115,22 +115,7 @@ def parse_args(argv):
                 raise ValueError(f"--resume keeps the run's own settings: leave out --{name.replace('_', '-')}")
         if not (args.out / "args.json").exists():
             raise ValueError(f"{args.out}: holds no run to go on with: begin one without --resume")
-        file, words = args.out / "args.json", []
-        settings = read_json(file)
-        brought = SHAPE if settings.get("teacher") else ()
-        if missing := [name for name in {**REAL, **ALWAYS} if settings.get(name) is None and name not in brought]:
-            raise ValueError(f"{file}: lacks {', '.join(missing)}")
-        for name, value in settings.items():
-            option = f"--{name.replace('_', '-')}"
-            if name in ("train", "valid", "test") and isinstance(value, list):
-                words += [option, *map(str, value)]
-            elif value is not None:
-                words.append(f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}")
-        try:  # once more as options, which are checked
-            settings = vars(p.parse_args(words))
-            check_numbers(settings)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+        settings = read_settings(args.out / "args.json", p)
         args = argparse.Namespace(**{**settings, **given, "out": args.out, "device": args.device, "resume": True})
         check_numbers(vars(args))
         return args
@@ -161,6 +146,27 @@ def parse_args(argv):
     if args.teacher and Path(args.teacher).is_dir():
         args.teacher = str(Path(args.teacher).absolute())
     return args
+
+
+def read_settings(file, parser):
+    """A run's args.json -> its settings by name, read as the options they came from, so that they are checked like
+    these. Raises ValueError naming the file."""
+    settings, words = read_json(file), []
+    brought = SHAPE if settings.get("teacher") else ()
+    if missing := [name for name in {**REAL, **ALWAYS} if settings.get(name) is None and name not in brought]:
+        raise ValueError(f"{file}: lacks {', '.join(missing)}")
+    for name, value in settings.items():
+        option = f"--{name.replace('_', '-')}"
+        if name in ("train", "valid", "test") and isinstance(value, list):
+            words += [option, *map(str, value)]
+        elif value is not None:
+            words.append(f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    try:
+        settings = vars(parser.parse_args(words))
+        check_numbers(settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return settings
 
 
 def check_numbers(settings):
