@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import StackOutput, memory_for, new_file
-from modules import STACKS, by_granularity, evenly, realised_rate, replacement_rate, sample_path, with_layers
+from modules import (STACKS, by_granularity, evenly, realised_rate, replacement_rate, sample_path, systematic_sample,
+                     with_layers)
 
 WEIGHTS = {"ce": 1.0, "logits": 1.0, "hidden": 2.0, "attention": 0.1}  # so that all four are of like size
 CE_ONLY = {"ce": 1.0}
@@ -229,7 +230,7 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
 # ---- the two kinds of training
 
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.1, passes=2.0,
-                  frame_lr=0.25, **loop):
+                  frame_lr=0.25, two_paths=False, **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
@@ -237,7 +238,9 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     proportion to g but none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands
     for six layers has more to learn than what stands for two. The encoder's granularity is drawn for each, with chances
     in proportion to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others
-    that it rarely meets again (README, "Ablations"). "ce" and the other terms are means over the granularities.
+    that it rarely meets again (README, "Ablations"). "ce" and the other terms are means over the paths.
+    two_paths: a step runs at most two paths, on all rows; a granularity is drawn as often as it would have rows. A
+    module sees as many, in fewer, larger steps: for a GPU, where a path costs by its layers (README, "Two paths").
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path; so do distilled modules: they see too
     few rows for dropout to pay (README, "What did not work").
@@ -255,30 +258,35 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     shares = {"decoder": {g: min(1.0, passes * g / sum(grains["decoder"])) for g in grains["decoder"]}}  # of the rows
     shares["encoder"] = {g: min(1.0, sum(shares["decoder"].values()) * g / sum(grains["encoder"]))
                          for g in grains["encoder"]}
-    lr_factors = {parameter: shares[stack][g] ** 0.5 for stack in STACKS
+    lr_factors = {parameter: 1.0 if two_paths else shares[stack][g] ** 0.5 for stack in STACKS
                   for g, spans in grains[stack].items() for span in spans
                   for parameter in bank.module(stack, span).parameters()}
     lr_factors.update(dict.fromkeys(bank.frame.parameters(), frame_lr))
 
     def step_loss(step, source, target):
-        """Paths of each granularity of the decoder, and what they cost: terms by name, and the rates to log."""
+        """Paths of some granularities of the decoder, and what they cost: terms by name, and the rates to log."""
         rng, rate = random.Random(f"{seed} {step}"), replacement_rate(step, steps, rate_start, rate_rise)
         rank, world = processes()
         whole = round(world * float(over_processes(len(source), source)))  # rows in all processes
         theirs = run_teacher(teacher, source, target, weights) if distilling else None
         total, rates = {}, {stack: [] for stack in STACKS}
-        for g in grains["decoder"]:
-            # Rounded up, so that each has a row; 1e-9, as what should be a whole number may be a last bit above it.
-            drawn = set(rng.sample(range(whole), math.ceil(whole * shares["decoder"][g] - 1e-9)))
+        if two_paths:
+            of_step = dict.fromkeys(systematic_sample(shares["decoder"], rng), whole)
+        else:  # rounded up, so that each has a row; 1e-9, as what should be a whole number may be a last bit above it
+            of_step = {g: math.ceil(whole * share - 1e-9) for g, share in shares["decoder"].items()}
+        for g, n in of_step.items():
+            drawn = set(rng.sample(range(whole), n))
             rows = [i for i, row in enumerate(range(rank, whole, world)) if row in drawn]  # those of this process
             rows = torch.tensor(rows, dtype=torch.long, device=source.device)
             encoder_g = rng.choices(list(grains["encoder"]), weights=list(grains["encoder"]))[0]
             spans = {"encoder": grains["encoder"][encoder_g], "decoder": grains["decoder"][g]}
             paths = {stack: sample_path(teacher.depths[stack], spans[stack], rate, rng) for stack in STACKS}
-            few = theirs and some_rows(theirs, rows, target != teacher.config.pad_token_id, paths)
+            few = theirs
+            if distilling and n < whole:
+                few = some_rows(theirs, rows, target != teacher.config.pad_token_id, paths)
             terms = losses(bank.frame, source[rows], target[rows], weights, few, bank.layers(teacher, paths), paths)
             for term, value in terms.items():
-                total[term] = total.get(term, 0.0) + value / len(grains["decoder"])
+                total[term] = total.get(term, 0.0) + value / len(of_step)
             for stack in STACKS:
                 if spans[stack] or not bank.spans[stack]:  # not where the teacher's own layers were drawn: no choice
                     rates[stack].append(realised_rate(paths[stack], spans[stack]))

@@ -186,6 +186,20 @@ def sample_path(n, spans, rate, rng):
     return path
 
 
+def systematic_sample(chances, rng):
+    """Of {item: chance, at most 1} draw each item with its own chance, and always as many as the chances sum to,
+    rounded up or down: from one random offset on, an item at every whole number that their running sum reaches
+    (Madow 1949, https://doi.org/10.1214/aoms/1177729988). rng: random.Random.
+    """
+    drawn, total = [], rng.random()
+    for item, chance in chances.items():
+        total += chance
+        if total >= 1.0:
+            drawn.append(item)
+            total -= 1.0
+    return drawn
+
+
 def by_granularity(spans):
     """The modules of one stack, apart: {2: [spans of 2 layers], 3: [spans of 3], ...}."""
     lengths = sorted({stop - start for start, stop in spans})

@@ -101,6 +101,8 @@ def parse_args(argv):
     p.add_argument("--lr", type=float, help="the same of self-distillation, the bank and the baselines")
     p.add_argument("--granularities", type=span_lengths,
                    help="layers a module stands for, such as 2,3,6; by default all from 2 to 6 that divide the stack")
+    p.add_argument("--paths", choices=["all", "two"], help="that a step of the bank runs: by default one of each "
+                   "granularity, on a part of the batch; or two, on all of it: fewer kernels for a GPU to launch")
     p.add_argument("--targets", choices=["data", "teacher"], help="what the bank and KD students learn to write: the "
                    "targets of the training pairs, or what the teacher makes of their sources")
     p.add_argument("--init", choices=["calibrated", "copy", "average"],
@@ -268,7 +270,8 @@ def main(argv):
             score.forget("assembly")
         bank = new_bank(teacher, batches[args.targets], args)
         say(f"bank: {sum(map(len, bank.spans.values()))} modules, {args.steps} steps")
-        train_modules(teacher, bank, batches[args.targets], args.steps, lr=args.lr, name="bank", **loop)
+        train_modules(teacher, bank, batches[args.targets], args.steps, lr=args.lr, two_paths=args.paths == "two",
+                      name="bank", **loop)
         if first:
             save_bank(bank, bank_file)
 

@@ -59,6 +59,7 @@ VARIANTS = {
     "no logit distillation": {"options": {"weights": without("logits")}},
     "dropout": {"dropout": True},
     "the frame at the full rate": {"options": {"frame_lr": 1.0}},
+    "two paths a step": {"options": {"two_paths": True}},
     "granularity 2 alone": {"settings": {"granularities": [2]}},
     "granularity 2 alone, its rows": {"settings": {"granularities": [2]}, "its rows": True},
     "granularity 6 alone": {"settings": {"granularities": [6]}},
@@ -172,7 +173,7 @@ class Study:
         if not file.exists():
             bank = new_bank(self.teacher, batches[self.args.targets], self.args)
             train_modules(self.teacher, bank, batches[self.args.targets], self.args.steps, lr=self.args.lr, name=name,
-                          **self.loop(name, seed))
+                          two_paths=self.args.paths == "two", **self.loop(name, seed))
             save_bank(bank, file)
         return load_bank(file, self.teacher).to(self.args.device).eval()
 

@@ -212,16 +212,19 @@ def replace(device):
     loop = dict(lr=1e-4, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     rate = np.mean([replacement_rate(step, 1000) for step in range(1000)])
     replacing = functools.partial(train_modules, rate_start=rate, rate_rise=math.inf, **loop)
-    bank, batches = against_tuning(teacher, device, "12+12 layers, d_model 256", replacing, loop)
-    if device == "cuda":  # where such layers are too small to fill it
-        against_tuning(make(BASE, device), device, "T5-base's shape, 16 times the batch", replacing, loop, times=16)
+    ways = {"": replacing, ", two paths": functools.partial(replacing, two_paths=True)}
+    for way, function in ways.items():
+        bank, batches = against_tuning(teacher, device, f"12+12 layers, d_model 256{way}", function, loop)
+        if device == "cuda":  # where such layers are too small to fill it
+            against_tuning(make(BASE, device), device, f"T5-base's shape, 16 times the batch{way}", function, loop, 16)
     students = [shrink(teacher, k, k) for k in (11, 10, 9, 8, 6, 5, 4, 3, 2)]
 
     def nine():
         for student in students:
             train_student(student, batches, 4, teacher, weights=WEIGHTS, **loop)
-    times = alternate(device, lambda: replacing(teacher, bank, batches, 4), nine, rounds=2)
-    show("one bank against nine KD students, the same number of steps each", times, "≥ 3x")
+    for way, function in ways.items():
+        times = alternate(device, lambda: function(teacher, bank, batches, 4), nine, rounds=2)
+        show(f"one bank against nine KD students, the same number of steps each{way}", times, "≥ 3x")
 
 
 def against_tuning(teacher, device, shape, replacing, loop, times=1, steps=10):

@@ -180,7 +180,8 @@ EXERCISES = {
     "10 the replacing step": Exercise(
         "distill.py", {"run_stacks": "its decoder reads its own memory", "losses": "Those terms of one batch",
                        "train_modules": "draw an encoder and a decoder path"},
-        "tests/test_distill.py -k 'modules_by_hand or padding or gradients_reach or sampled_rates or rows_of_every'", [
+        "tests/test_distill.py -k 'modules_by_hand or padding or gradients_reach or sampled_rates or rows_of_every or "
+        "two_paths'", [
             Wrong("padding left in the loss", 'masks = {"encoder": source != student.config.pad_token_id,',
                   'masks = {"encoder": source >= 0,', "after the last layer of its span"),
             Wrong("the decoder reads the memory before its norm", "shift_right(target, model.config), encoded.hidden,",
@@ -206,7 +207,9 @@ EXERCISES = {
                   "must be those of the rows that the path runs"),
             Wrong("every granularity on as many rows", 'min(1.0, passes * g / sum(grains["decoder"]))',
                   'min(1.0, passes / len(grains["decoder"]))', "rows, rounded up"),
-            Wrong("every granularity on the first rows", 'rng.sample(range(whole), math.ceil', "range(math.ceil",
+            Wrong("of two paths, always the largest granularities", 'systematic_sample(shares["decoder"], rng)',
+                  'list(shares["decoder"])[-2:]', "are drawn in proportion"),
+            Wrong("every granularity on the first rows", "rng.sample(range(whole), n)", "range(n)",
                   "draws the rows anew"),
             Wrong("the encoder's granularities with equal chances", 'weights=list(grains["encoder"])', "weights=None",
                   "in proportion to it"),

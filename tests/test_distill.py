@@ -441,6 +441,41 @@ def test_each_granularity_has_its_rows_of_every_batch(monkeypatch, granularities
             f"every path draws anew: the encoder's granularity is drawn in proportion to it, {g} with chance {p:.2f}"
 
 
+@pytest.mark.parametrize("granularities", (
+    {"encoder": [2, 4], "decoder": [2, 3, 6]}, {"encoder": [2], "decoder": [2]}, {"encoder": [2], "decoder": []}))
+def test_of_two_paths_granularities_are_drawn_in_proportion(monkeypatch, granularities):
+    teacher, seen, outputs, weights = tiny(), [], object(), dict.fromkeys(TERMS, 1.0)
+    bank = make_bank(teacher, granularities)
+
+    def losses(student, source, target, names, theirs, layers, paths):
+        assert source.shape == target.shape == (4, 3), "a path runs the whole batch"
+        assert names is weights and theirs is outputs, "one run of the teacher serves all paths of a step"
+        lengths = [{b - a for a, b in paths[stack]} for stack in mod.STACKS]
+        assert all(len(own) == 1 for own in lengths), "at rate 1 a path is of one granularity"
+        seen.append((source[0, 0].item(), *(own.pop() for own in lengths)))
+        return {"ce": torch.tensor(float(len(seen)), requires_grad=True)}
+    monkeypatch.setattr(d, "losses", losses)
+    monkeypatch.setattr(d, "run_teacher", lambda *_: outputs)
+    records, steps = [], 100
+    d.train_modules(teacher, bank, [(torch.full((4, 3), step),) * 2 for step in range(steps)], steps, lr=1e-2,
+                    rate_start=1.0, weights=weights, two_paths=True, log=records.append)
+    encoder, decoder = ([1, *own] for own in granularities.values())  # 1, the teacher's own layers, for the frame
+    chances = {g: min(1.0, 2 * g / sum(decoder)) for g in decoder}
+    for step, record in enumerate(records):
+        of_step = [i for i, (own, *_) in enumerate(seen) if own == step]
+        assert len(of_step) == len({seen[i][2] for i in of_step}), "the paths of a step are of different granularities"
+        assert abs(len(of_step) - sum(chances.values())) < 1 - 1e-9, f"two paths a step, or as many as {chances} sum to"
+        assert record["ce"] == pytest.approx(sum(i + 1 for i in of_step) / len(of_step)), "the mean over the paths"
+    _, theirs, ours = zip(*seen)
+    for g, p in chances.items():
+        assert abs(ours.count(g) / steps - p) <= 5 * math.sqrt(p * (1 - p) / steps), \
+            f"the decoder's granularities are drawn in proportion: {g} in {p:.2f} of the steps"
+    for g in encoder:
+        p = g / sum(encoder)
+        assert abs(theirs.count(g) / len(theirs) - p) <= 5 * math.sqrt(p * (1 - p) / len(theirs)), \
+            f"every path draws anew: the encoder's granularity is drawn in proportion to it, {g} with chance {p:.2f}"
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 def test_theseus_may_draw_no_module_at_all(dtype):
     """Then there is nothing to train: the frame is frozen, too."""
@@ -549,7 +584,9 @@ def test_modules_beside_a_decoder_of_one_layer_have_its_rows_alone(monkeypatch):
 # ---- several processes
 
 RUNS = {"teacher": dict(weights={"ce": 1.0}), "kd": dict(weights=dict.fromkeys(TERMS, 1.0)),
-        "modules": dict(weights=dict.fromkeys(TERMS, 1.0))}
+        "modules": dict(weights=dict.fromkeys(TERMS, 1.0)),
+        "modules, two paths": dict(weights=dict.fromkeys(TERMS, 1.0), two_paths=True,
+                                   lr=1e-3)}  # fewer steps a module, where Adam makes much of last bits
 UNEVEN = [*toy_batches(3), (SOURCE, TARGET), (SOURCE[:1], TARGET[:1])]  # three rows and one: a share may be empty
 
 
@@ -560,9 +597,10 @@ def train_all(folder, rank=None):
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name, options in RUNS.items():
         teacher, records = tiny(dropout_rate=0.0), []
-        options = dict(options, lr=1e-2, log=records.append, checkpoint=folder / f"{name}.{rank}.pt", save_every=0.0)
-        trained = {"teacher": teacher, "kd": tiny(2, 2, seed=5, dropout_rate=0.0), "modules": make_bank(teacher)}[name]
-        if name == "modules":
+        options = {"lr": 1e-2, "log": records.append, "checkpoint": folder / f"{name}.{rank}.pt", "save_every": 0.0,
+                   **options}
+        trained = {"teacher": teacher, "kd": tiny(2, 2, seed=5, dropout_rate=0.0)}.get(name) or make_bank(teacher)
+        if name.startswith("modules"):
             d.calibrate(teacher, trained, toy_batches(2, seed=rank or 0), ridge=100.0)  # the first process decides
             d.train_modules(teacher, trained, UNEVEN, len(UNEVEN), **options)
         else:

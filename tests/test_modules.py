@@ -181,6 +181,18 @@ def test_a_path_follows_from_its_random_state():
     assert len({tuple(path) for path in draw[0]}) > 10, "another state gives other paths"
 
 
+@pytest.mark.parametrize("chances, sizes", (
+    ({1: 1 / 8, 2: 1 / 4, 3: 3 / 8, 4: 1 / 2, 6: 3 / 4}, {2}), ({1: 1 / 6, 2: 1 / 3, 3: 1 / 2, 6: 1.0}, {2}),
+    ({1: 2 / 3, 2: 1.0}, {1, 2}), ({1: 1.0}, {1})))
+def test_systematic_sample_draws_each_with_its_chance(chances, sizes):
+    draws = [mod.systematic_sample(chances, random.Random(seed)) for seed in range(2000)]
+    assert {len(drawn) for drawn in draws} == sizes, "as many as the chances sum to, rounded up or down"
+    assert all(len(set(drawn)) == len(drawn) for drawn in draws), "each at most once"
+    for item, p in chances.items():
+        share = sum(item in drawn for drawn in draws) / len(draws)
+        assert abs(share - p) <= 5 * (p * (1 - p) / len(draws)) ** 0.5, f"{item} has chance {p:.2f}, not {share:.2f}"
+
+
 @pytest.mark.parametrize("path, share", (
     ([(0, 2), (2, 3), (3, 6)], 2 / 3),                             # a choice at 0, 2 and 3; modules at 0 and 3
     ([(0, 1), (1, 2), (2, 4), (4, 5), (5, 6)], 1 / 3),             # no choice at 1 and 5; of 0, 2 and 4 only 2
