@@ -239,8 +239,9 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     for six layers has more to learn than what stands for two. The encoder's granularity is drawn for each, with chances
     in proportion to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others
     that it rarely meets again (README, "Ablations"). "ce" and the other terms are means over the paths.
-    two_paths: a step runs at most two paths, on all rows; a granularity is drawn as often as it would have rows. A
-    module sees as many, in fewer, larger steps: for a GPU, where a path costs by its layers (README, "Two paths").
+    two_paths: a step runs at most `passes` paths, two, on all rows; a granularity is drawn as often as it would have
+    rows. A module sees as many, in fewer, larger steps, at the full rate: for a GPU, where a path costs by its layers,
+    not by its rows (README, "Two paths").
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
     gradients through, and runs without dropout where its layers stand in a path; so do distilled modules: they see too
     few rows for dropout to pay (README, "What did not work").

@@ -59,7 +59,7 @@ VARIANTS = {
     "no logit distillation": {"options": {"weights": without("logits")}},
     "dropout": {"dropout": True},
     "the frame at the full rate": {"options": {"frame_lr": 1.0}},
-    "two paths a step": {"options": {"two_paths": True}},
+    "two paths a step": {"settings": {"paths": "two"}},
     "granularity 2 alone": {"settings": {"granularities": [2]}},
     "granularity 2 alone, its rows": {"settings": {"granularities": [2]}, "its rows": True},
     "granularity 6 alone": {"settings": {"granularities": [6]}},
@@ -293,7 +293,7 @@ def ablation(study, name, seed):
         bank.train = lambda mode: Bank.train(bank, True)
     started = time.time()
     train_modules(teacher, bank, batches, args.steps, lr=args.lr, name=f"{name} {seed}",
-                  **study.loop(f"{name}-{study.args.steps}", seed), **options)
+                  two_paths=args.paths == "two", **study.loop(f"{name}-{study.args.steps}", seed), **options)
     Bank.train(bank, False)
     scores, n = {"seconds": time.time() - started}, teacher.depths
     for e, d in study_shapes(teacher, bank):

@@ -390,6 +390,21 @@ def flat(value):
     return [value] if isinstance(value, torch.Tensor) else [tensor for part in value for tensor in flat(part)]
 
 
+def granularity(path):
+    """Of a path drawn at rate 1."""
+    lengths = {b - a for a, b in path}
+    assert len(lengths) == 1, "at rate 1 a path is of one granularity"
+    return lengths.pop()
+
+
+def assert_encoders_in_proportion(drawn, granularities):
+    """Those of all encoder paths, in the order drawn."""
+    for g in granularities:
+        p = g / sum(granularities)
+        assert abs(drawn.count(g) / len(drawn) - p) <= 5 * math.sqrt(p * (1 - p) / len(drawn)), \
+            f"every path draws anew: the encoder's granularity is drawn in proportion to it, {g} with chance {p:.2f}"
+
+
 @pytest.mark.parametrize("granularities, weights", (
     ({"encoder": [2, 4], "decoder": [2, 3, 6]}, dict.fromkeys(TERMS, 1.0)),
     ({"encoder": [2, 4], "decoder": [2, 3, 6]}, d.CE_ONLY), ({"encoder": [], "decoder": [3]}, d.CE_ONLY),
@@ -410,9 +425,7 @@ def test_each_granularity_has_its_rows_of_every_batch(monkeypatch, granularities
                     (theirs[stack].states[-1], alone[stack].states[-1]) for stack in mod.STACKS)):
                 torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4,
                                            msg="the teacher's outputs must be those of the rows that the path runs")
-        lengths = [{b - a for a, b in paths[stack]} for stack in mod.STACKS]
-        assert all(len(own) == 1 for own in lengths), "at rate 1 a path is of one granularity"
-        seen.append((sorted(source[:, 0].tolist()), *(own.pop() for own in lengths)))
+        seen.append((sorted(source[:, 0].tolist()), *(granularity(paths[stack]) for stack in mod.STACKS)))
         return {"ce": torch.tensor(float(len(seen)), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
     records, steps = [], 12
@@ -434,11 +447,7 @@ def test_each_granularity_has_its_rows_of_every_batch(monkeypatch, granularities
         for g in decoder:
             drawn = [tuple(own) for own, _, length in seen if length == g]
             assert len(set(drawn)) > steps / 3 or len(drawn[0]) == rows, "every step draws the rows anew"
-    drawn = [other for _, other, _ in seen]
-    for g in encoder:
-        p = g / sum(encoder)
-        assert abs(drawn.count(g) / len(drawn) - p) <= 5 * math.sqrt(p * (1 - p) / len(drawn)), \
-            f"every path draws anew: the encoder's granularity is drawn in proportion to it, {g} with chance {p:.2f}"
+    assert_encoders_in_proportion([other for _, other, _ in seen], encoder)
 
 
 @pytest.mark.parametrize("granularities", (
@@ -450,9 +459,7 @@ def test_of_two_paths_granularities_are_drawn_in_proportion(monkeypatch, granula
     def losses(student, source, target, names, theirs, layers, paths):
         assert source.shape == target.shape == (4, 3), "a path runs the whole batch"
         assert names is weights and theirs is outputs, "one run of the teacher serves all paths of a step"
-        lengths = [{b - a for a, b in paths[stack]} for stack in mod.STACKS]
-        assert all(len(own) == 1 for own in lengths), "at rate 1 a path is of one granularity"
-        seen.append((source[0, 0].item(), *(own.pop() for own in lengths)))
+        seen.append((source[0, 0].item(), *(granularity(paths[stack]) for stack in mod.STACKS)))
         return {"ce": torch.tensor(float(len(seen)), requires_grad=True)}
     monkeypatch.setattr(d, "losses", losses)
     monkeypatch.setattr(d, "run_teacher", lambda *_: outputs)
@@ -470,10 +477,7 @@ def test_of_two_paths_granularities_are_drawn_in_proportion(monkeypatch, granula
     for g, p in chances.items():
         assert abs(ours.count(g) / steps - p) <= 5 * math.sqrt(p * (1 - p) / steps), \
             f"the decoder's granularities are drawn in proportion: {g} in {p:.2f} of the steps"
-    for g in encoder:
-        p = g / sum(encoder)
-        assert abs(theirs.count(g) / len(theirs) - p) <= 5 * math.sqrt(p * (1 - p) / len(theirs)), \
-            f"every path draws anew: the encoder's granularity is drawn in proportion to it, {g} with chance {p:.2f}"
+    assert_encoders_in_proportion(theirs, encoder)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
