@@ -46,7 +46,8 @@ def without(term):
     return {name: weight for name, weight in WEIGHTS.items() if name != term}
 
 
-# name: what differs. settings: train.py's; options: of train_modules. "Its rows": as many as in the recipe
+# name: what differs. settings: train.py's; options: of train_modules. "Its rows": as many as in the recipe,
+# which two paths on all rows cannot have: a step might run none
 VARIANTS = {
     "recipe": {},
     "rate 1 from the start": {"options": {"rate_start": 1.0}},
@@ -61,9 +62,9 @@ VARIANTS = {
     "the frame at the full rate": {"options": {"frame_lr": 1.0}},
     "two paths a step": {"settings": {"paths": "two"}},
     "granularity 2 alone": {"settings": {"granularities": [2]}},
-    "granularity 2 alone, its rows": {"settings": {"granularities": [2]}, "its rows": True},
+    "granularity 2 alone, its rows": {"settings": {"granularities": [2], "paths": None}, "its rows": True},
     "granularity 6 alone": {"settings": {"granularities": [6]}},
-    "granularity 6 alone, its rows": {"settings": {"granularities": [6]}, "its rows": True},
+    "granularity 6 alone, its rows": {"settings": {"granularities": [6], "paths": None}, "its rows": True},
 }
 
 
