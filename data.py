@@ -1,6 +1,6 @@
 """
 Text in, batches out, and the scores at the end: tokenizer, toy task, reading pairs, batches by token
-budget, metrics. Nothing here knows about models.
+budget, metrics. Nothing here knows about models; from model.py comes how a file is written.
 A look at the toy task:  python -c "import data; print(*data.toy_corpus(5, seed=0), sep='\\n')"
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+
+from model import new_file
 
 # --------------------------------------------------------------- the tokenizer
 SENTINELS = 100  # <extra_id_0> … <extra_id_99>, the blanks of T5's pre-training task
@@ -66,21 +68,8 @@ class Tokenizer:
     def save(self, folder):
         """Write `folder/spiece.model`, byte for byte what was loaded."""
         os.makedirs(folder, exist_ok=True)
-        _write_atomically(Path(folder, "spiece.model"), self.model_bytes)
-
-
-def _write_atomically(path, content):
-    """A reader, or a run that was interrupted here, sees the whole file or none."""
-    temporary = Path(f"{path}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(path)  # a full disk does not say which file it is about
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+        with new_file(Path(folder, "spiece.model")) as f:
+            f.write(self.model_bytes)
 
 
 def train_tokenizer(texts, path, vocab_size):
@@ -100,7 +89,8 @@ def train_tokenizer(texts, path, vocab_size):
     except RuntimeError as error:
         reason = str(error).split("] ")[-1] or "no text in lines up to 1 MB, or more letters than pieces"
         raise ValueError(f"cannot train a tokenizer of {vocab_size} SentencePiece pieces: {reason}") from error
-    _write_atomically(path, model.getvalue())
+    with new_file(path) as f:
+        f.write(model.getvalue())
     return Tokenizer(path)
 
 

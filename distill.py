@@ -234,7 +234,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
-    Together they run `passes` times as many rows as the batch has, and at least one each, on rows drawn for each, in
+    Together they run at most `passes` times as many rows as the batch has (and at least one each), drawn for each, in
     proportion to g but none twice: such a path has 1 / g of the layers, so that all cost about alike, and what stands
     for six layers has more to learn than what stands for two. The encoder's granularity is drawn for each, with chances
     in proportion to it: both are chosen apart later. On paths of mixed lengths, instead, a module stands beside others
@@ -247,7 +247,10 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     few rows for dropout to pay (README, "What did not work").
     Modules that see a share s of the rows learn at sqrt(s) of the rate, as Adam's steps on smaller batches should
     (https://arxiv.org/abs/2205.10287); the frame at the share frame_lr of it: where it goes all modules have to follow,
-    those too that were nearly the teacher's equals. **loop goes to `fit`."""
+    those too that were nearly the teacher's equals. **loop goes to `fit`. Raises ValueError for two_paths with passes
+    below 1, which would draw none."""
+    if two_paths and passes < 1:
+        raise ValueError(f"passes is {passes}: two_paths needs at least 1")
     teacher.eval().requires_grad_(False)
     distilling = bool(set(weights) - set(CE_ONLY))
     bank.train(not distilling)
@@ -301,8 +304,11 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
 def train_student(student, batches, steps, teacher=None, weights=None, **loop):
     """Train all of a plain T5, with dropout. With a teacher: distillation, the student's layers spread evenly over the
     teacher's, or one for one where it distills itself. Without: shrink-and-fine-tune, pseudo-labels, or the teacher.
-    weights: by default WEIGHTS with a teacher, else CE_ONLY. **loop goes to `fit`."""
+    weights: by default WEIGHTS with a teacher, else CE_ONLY. **loop goes to `fit`. Raises ValueError for other terms
+    without a teacher, and for a student that is deeper than it."""
     weights = weights or (WEIGHTS if teacher is not None else CE_ONLY)
+    if teacher is None and set(weights) - set(CE_ONLY):
+        raise ValueError(f"{', '.join(sorted(set(weights) - set(CE_ONLY)))}: a loss that needs a teacher")
     student.train().requires_grad_(True)
     paths = None
     if teacher is not None:
@@ -318,7 +324,10 @@ def train_student(student, batches, steps, teacher=None, weights=None, **loop):
 
 
 def spread(n, k):
-    """k spans that tile n layers as evenly as can be: layer i of a static student stands for span i."""
+    """k spans that tile n layers as evenly as can be: layer i of a static student stands for span i. Raises ValueError
+    unless 1 <= k <= n."""
+    if not 1 <= k <= n:
+        raise ValueError(f"a student of {k} layers: its teacher has {n}, and each must stand for at least one of them")
     ends = [round(n * i / k) for i in range(k + 1)]
     return list(zip(ends, ends[1:]))
 
@@ -381,8 +390,9 @@ def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={
     off goes on from its last checkpoint as if nothing had happened, on a CPU bit for bit if the processes are as many.
     dtype: float32, or bfloat16 or float16 for autocast over float32 weights. lr is the peak (see `learning_rate`)
     as a share of each tensor's `size` at the start, times lr_factors[parameter] where that is given.
-    log(record) receives a dict every 1 % of the steps; in float16 its "skipped" counts the steps since the last one
-    whose gradients overflowed, which move nothing. checkpoint: a path, written every `save_every` seconds.
+    log(record) receives a dict for the first step, the last, and every 1 % between; in float16 its "skipped" counts the
+    steps since the last record whose gradients overflowed, which move nothing. checkpoint: a path, written every
+    `save_every` seconds.
     Under torchrun every process takes its share of each batch's rows; the first alone logs and writes.
     Raises FloatingPointError, naming the step and the terms, for a loss or a gradient that is not finite, before it
     moves anything (in float16 for a gradient at any loss scale from 1 on); MemoryError, naming the step and the batch's
@@ -403,9 +413,9 @@ def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={
     if state:
         for part, key in ((trained, "weights"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[key])
-    first = state["step"] if state else 0
+    first, skipped = (state["step"], state.get("skipped", 0)) if state else (0, 0)
     state = None  # its memory
-    saved, started, tokens, skipped = time.perf_counter(), time.perf_counter(), 0, 0
+    saved, started, tokens = time.perf_counter(), time.perf_counter(), 0
     for step in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=rank > 0 or None)):
         torch.manual_seed((seed * 1_000_003 + step) * world + rank)  # dropout
         source, target = (ids[rank::world].to(device, non_blocking=True) for ids in batches[step])
@@ -423,9 +433,11 @@ def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # a lower scale may bring float16 back
-            if not torch.isfinite(loss if may_overflow else loss + norm):
-                what = "gradient" if torch.isfinite(loss) else "loss"
-                values = ", ".join(f"{term} {value.item():.4g}" for term, value in terms.items())
+            whole = over_processes(loss.detach(), loss)  # so that all processes stop together
+            if not torch.isfinite(whole if may_overflow else whole + norm):
+                what = "gradient" if torch.isfinite(whole) else "loss"
+                values = ", ".join(f"{term} {over_processes(value.detach(), value).item():.4g}"
+                                   for term, value in terms.items())
                 raise FloatingPointError(f"{name}: the {what} is not finite at step {step}: {values}; a lower "
                                          f"learning rate may help (--teacher-lr, --lr)")
             if moves:
@@ -451,7 +463,8 @@ def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={
                      "grad_norm": norm.item(), "lr": learning_rate(step, steps, lr), "tokens_per_s": speed})
         if checkpoint and rank == 0 and time.perf_counter() - saved > save_every and step + 1 < steps:
             save_checkpoint({"stage": name, "step": step + 1, "sizes": sizes, "weights": trained.state_dict(),
-                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, checkpoint)
+                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": skipped},
+                            checkpoint)
             saved = time.perf_counter()
 
 
@@ -474,9 +487,9 @@ def save_checkpoint(state, path):
             raise error.__context__ or error from None
 
 
-def load_checkpoint(path, name):
-    """The dict that `fit` wrote in stage `name`, or None if there is none. Raises ValueError for a damaged file,
-    MemoryError for one that is too large."""
+def load_checkpoint(path, *names):
+    """The dict that `fit` wrote in a stage of these names, or None if there is none. Raises ValueError for a damaged
+    file, MemoryError for one that is too large."""
     if path is None or not os.path.exists(path):
         return None
     try:
@@ -488,4 +501,4 @@ def load_checkpoint(path, name):
         raise ValueError(f"{path}: damaged ({type(error).__name__}): remove it to begin this stage anew") from None
     if not (isinstance(state, dict) and {"stage", "step", "sizes", "weights", "optimizer", "scaler"} <= state.keys()):
         raise ValueError(f"{path}: of another version: remove it to begin this stage anew")
-    return state if state["stage"] == name else None
+    return state if state["stage"] in names else None

@@ -35,7 +35,8 @@ from tqdm import tqdm
 from assemble import assemble, choose, even_paths, export, parameters, possible_depths, save_batches, speedup
 from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read_pairs, rouge, toy_splits,
                   train_tokenizer)
-from distill import CE_ONLY, calibrate, pick_dtype, processes, shrink, train_modules, train_student, validation_loss
+from distill import (CE_ONLY, calibrate, load_checkpoint, pick_dtype, processes, shrink, train_modules, train_student,
+                     validation_loss)
 from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, quick_products,
                    read_json, write_json)
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans, path_of, save_bank
@@ -63,7 +64,7 @@ NOT_OF_THE_RUN = ("out", "resume", "device")  # each command line has its own
 CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: what an error line may ask to lower
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
-PORTION = 4096  # so many of these are made, and written, at a time
+PORTION = 4096  # so many of the teacher's outputs are made, and written, at a time
 PROBE = 300  # at most so many validation pairs on which `assemble.py --strategy search` measures the modules
 
 
@@ -376,6 +377,10 @@ def start_run(args, pairs):
     for name in ("bank.safetensors", "pseudo.json", "baselines", "results.json"):  # all made after the teacher
         if (out / name).exists() and not (out / "teacher").exists():
             raise ValueError(f"{out / name}: of a teacher that is no longer there: remove it, too")
+    stages = ("teacher", "self-distillation") if (out / "first-teacher").exists() else ("teacher",)
+    if args.resume and (out / "checkpoint.pt").exists() and not (out / "teacher").exists() and not load_checkpoint(
+            out / "checkpoint.pt", *stages):
+        raise ValueError(f"{out / 'checkpoint.pt'}: of a teacher that is no longer there: remove it, too")
     if args.resume:
         tokenizer = Tokenizer(out)
     trained = [out / name for name in ("teacher", "first-teacher") if (out / name).exists()]
@@ -498,7 +503,7 @@ def relabel(teacher, batches, args, folder=None):
     """The same sources with the teacher's outputs as targets (pseudo-labels; Kim & Rush 2016, sequence-level
     distillation, https://arxiv.org/abs/1606.07947). pseudo.json in the folder, by default the run's, keeps them: an
     interruption loses one portion. Raises ValueError naming that file if it is of other sources."""
-    file, eos = (folder or args.out) / "pseudo.json", teacher.config.eos_token_id
+    file = (folder or args.out) / "pseudo.json"
     sources = [source for source, _ in batches.examples]
     made = {"sources": hashlib.sha256(repr(sources).encode()).hexdigest(), "targets": []}
     if file.exists():
@@ -517,9 +522,13 @@ def relabel(teacher, batches, args, folder=None):
         made["targets"] += [parts[i % world][i // world] for i in range(len(portion))]
         if rank == 0:
             write_json(made, file, indent=None)
-    targets = [ids if ids[-1:] == [eos] else [*ids[:args.max_length - 1], eos]  # cut: ended here
-               for ids in made["targets"]]
+    targets = [ended(ids, teacher.config.eos_token_id, args.max_length) for ids in made["targets"]]
     return Batches(list(zip(sources, targets)), batches.tokens, batches.pad_id, batches.seed)
+
+
+def ended(ids, eos, max_length):
+    """An output as a target: one that was cut ends here, too."""
+    return ids if ids[-1:] == [eos] else [*ids[:max_length - 1], eos]
 
 
 @quick_products()

@@ -35,7 +35,7 @@ from distill import (CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, shrink, 
                      validation_loss)
 from model import T5, Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans, save_bank, with_layers
-from train import (BASELINES, METRICS, PSEUDO_BEAMS, frontier, keep_heap, new_bank, parse_args, parse_baselines,
+from train import (BASELINES, METRICS, PSEUDO_BEAMS, ended, frontier, keep_heap, new_bank, parse_args, parse_baselines,
                    read_data, relabel, study_shapes, train_baseline, translate)
 
 PARTS = ("main", "beam", "little", "ablations", "tuned", "teacher", "speed")
@@ -219,7 +219,7 @@ class Study:
         if self.teacher_labels is None:
             eos, sources = self.teacher.config.eos_token_id, [source for source, _ in self.examples["valid"]]
             outputs = translate(self.teacher, sources, PSEUDO_BEAMS, self.args, "valid")
-            batches = self.batches([(source, ids if ids[-1:] == [eos] else [*ids, eos])
+            batches = self.batches([(source, ended(ids, eos, self.args.max_length))
                                     for source, ids in zip(sources, outputs)], seed=0)
             self.teacher_labels = [batches[k] for k in range(len(batches))]
         return {"imitation": validation_loss(model.eval(), self.teacher_labels),

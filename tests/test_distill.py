@@ -612,6 +612,14 @@ def train_all(folder, rank=None):
         torch.save((trained.state_dict(), [[record[key] for key in ("loss", "ce", "grad_norm")] for record in records]),
                    folder / f"{name} {rank}")
     if rank is not None:
+        for dtype in (torch.float32, torch.float16):
+            def step_loss(step, source, target):
+                ce = d.losses(model, source, target, d.CE_ONLY)["ce"]
+                return {"ce": ce * (math.nan if (step, rank) == (1, 1) else 1.0)}, {}
+            model = tiny(1, 1, dropout_rate=0.0)
+            with pytest.raises(FloatingPointError) as caught:
+                d.fit(model, step_loss, toy_batches(3), 3, weights=d.CE_ONLY, lr=1e-3, name="bank", dtype=dtype)
+            (folder / f"nan {dtype} {rank}").write_text(str(caught.value), encoding="utf-8")
         torch.distributed.destroy_process_group()
 
 
@@ -638,6 +646,10 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
                                    f"{name}: logged is the loss of the whole batch, not of the own share: {text}")
         assert (tmp_path / f"{name}.0.pt").exists() and not (tmp_path / f"{name}.1.pt").exists(), \
             f"{name}: the first process writes the checkpoint"
+    for dtype in (torch.float32, torch.float16):
+        first, second = ((tmp_path / f"nan {dtype} {rank}").read_text(encoding="utf-8") for rank in (0, 1))
+        assert first == second and "bank: the loss is not finite at step 1: ce nan;" in first, \
+            f"{dtype}: if the loss of one share is not finite both processes stop, and say the same: {first}, {second}"
 
 
 def test_gradients_do_not_pile_up():
@@ -979,6 +991,28 @@ def test_spread_by_hand(n, k, spans):
     assert d.spread(n, k) == spans, f"{k} spans tile {n} layers as evenly as can be: {spans}"
 
 
+def test_a_student_deeper_than_its_teacher_is_refused():
+    for n, k in ((4, 0), (2, 3)):
+        with pytest.raises(ValueError, match=f"a student of {k} layers: its teacher has {n},"):
+            d.spread(n, k)
+    student = tiny(2, 5)
+    before = copy_of(student)
+    with pytest.raises(ValueError, match="a student of 5 layers: its teacher has 2"):
+        d.train_student(student, toy_batches(1), 1, tiny(2, 2), lr=1e-3)
+    assert same(copy_of(student), before)
+
+
+def test_distillation_without_a_teacher_is_refused():
+    with pytest.raises(ValueError, match="^attention, hidden, logits: a loss that needs a teacher"):
+        d.train_student(tiny(1, 1), toy_batches(1), 1, weights=d.WEIGHTS, lr=1e-3)
+
+
+def test_two_paths_of_less_than_one_batch_are_refused():
+    teacher = tiny()
+    with pytest.raises(ValueError, match="passes is 0.5: two_paths needs at least 1"):
+        d.train_modules(teacher, make_bank(teacher), toy_batches(1), 1, passes=0.5, two_paths=True, lr=1e-3)
+
+
 def test_spread_tiles():
     for n in range(1, 26):
         for k in range(1, n + 1):
@@ -1270,6 +1304,27 @@ def test_float16_skips_steps_that_overflow_and_counts_them():
     assert 1 < sum(skipped) < 29 and moved[-1], "the scale falls until steps fit, and training goes on"
     d.fit(model, step_loss, toy_batches(2), 2, seed=0, weights=d.CE_ONLY, lr=1e-3, log=records.append)
     assert "skipped" not in records[-1], "float32 has no scale to overflow"
+
+
+def test_skipped_steps_are_counted_over_an_interruption(tmp_path):
+    def run(stop, checkpoint):
+        def step_loss(step, source, target):
+            if step == stop:
+                raise Stop
+            return {"ce": 300 * d.losses(model, source, target, d.CE_ONLY)["ce"]}, {}
+        model, records = tiny(1, 1), []
+        try:
+            d.fit(model, step_loss, toy_batches(5) * 40, 200, weights=d.CE_ONLY, lr=1e-3, dtype=torch.float16,
+                  log=records.append, checkpoint=checkpoint, save_every=0.0)
+        except Stop:
+            pass
+        return records
+    whole = run(4, None)  # its records are of steps 1, 2 and 4
+    assert [(record["step"], record["skipped"]) for record in whole] == [(1, 1), (2, 1), (4, 2)]
+    run(3, tmp_path / "checkpoint.pt")
+    resumed = run(4, tmp_path / "checkpoint.pt")
+    assert [(record["step"], record["skipped"]) for record in resumed] == [(4, 2)], \
+        "a step that was skipped before the interruption counts in the next record"
 
 
 def test_log_of_every_percent():

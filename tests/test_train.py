@@ -22,6 +22,7 @@ import train
 from assemble import assemble
 from assemble import main as assemble_main
 from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus
+from distill import save_checkpoint
 from model import (MAX_HEADER, QUICK, T5, T5Config, load_t5, read_json, read_safetensors, write_json,
                    write_safetensors)
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans
@@ -858,6 +859,25 @@ def test_what_another_teacher_left_is_named(finished, tmp_path, capsys, name):
         remove(out / other)
     assert train.main(["--resume", "--out", str(out)]) == 2
     assert f"{name}: of a teacher that is no longer there: remove it, too\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage, gone", (("bank", ()), ("kd 1+1", ("first-teacher",)),
+                                         ("self-distillation", ("first-teacher",))))
+def test_a_checkpoint_of_another_teachers_bank_is_named(finished, tmp_path, capsys, stage, gone):
+    """Else a bank half trained for the teacher that was removed goes on with the next one."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "first-teacher").mkdir(exist_ok=True)
+    for other in ("teacher", "bank.safetensors", "pseudo.json", "baselines", "results.json", *gone):
+        remove(out / other)
+    if (out / "first-teacher").exists():
+        shutil.copytree(finished / "teacher", out / "first-teacher", dirs_exist_ok=True)
+    save_checkpoint({"stage": stage, "step": 1, "sizes": [], "weights": {}, "optimizer": {}, "scaler": {}},
+                    out / "checkpoint.pt")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert train.main(["--resume", "--out", str(out)]) == 2
+    assert "checkpoint.pt: of a teacher that is no longer there: remove it, too\n" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}, "nothing is lost"
 
 
 def fails(files, out, capsys, *options):
