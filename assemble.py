@@ -84,7 +84,8 @@ def count_paths(n, spans):
 def choose_depths(ratio, strategy, encoder, decoder):
     """(encoder layers, decoder layers) for a compression ratio; `encoder` and `decoder` list the possible depths.
 
-    size-first shrinks both stacks by the same share: of all models with that many layers the most even one.
+    size-first shrinks both stacks by the same share: of all models with that many layers the most even one, of two that
+    are equally even the one with fewer decoder layers.
     speed-first takes the decoder's layers first: they run once a token, the encoder's once a sentence.
     Raises ValueError when no pair has a ratio of which this one is within 5 %, saying which there are; or for another
     strategy.
@@ -99,7 +100,7 @@ def choose_depths(ratio, strategy, encoder, decoder):
     if strategy == "speed-first":
         return min(pairs, key=lambda p: p[1])
     if strategy == "size-first":
-        return min(pairs, key=lambda p: (abs(p[0] / encoder[-1] - p[1] / decoder[-1]), p[1]))
+        return min(pairs, key=lambda p: (abs(p[0] * decoder[-1] - p[1] * encoder[-1]), p[1]))
     raise ValueError(f"--strategy {strategy}: not one of {', '.join(STRATEGIES)}")
 
 
@@ -128,15 +129,20 @@ def load_batches(path, vocab_size):
     """What `save_batches` wrote. Raises ValueError or OSError naming the file, also for ids beyond the vocabulary."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: missing: `python train.py --resume --out {path.parent}` writes it; or choose "
-                                f"by rule, --strategy {STRATEGIES[0]}")
+                                f"by rule, --ratio or --speedup with --strategy {STRATEGIES[0]}")
     tensors = read_safetensors(path)
     for name, ids in tensors.items():
-        if ids.dtype is not torch.long or ids.dim() != 2 or ((ids < 0) | (ids >= vocab_size)).any():
+        if ids.dtype is not torch.long or ids.dim() != 2 or not ids.numel() or ((ids < 0) | (ids >= vocab_size)).any():
             raise ValueError(f"{path}: tensor {name!r} does not hold rows of token ids below {vocab_size}")
     try:
-        return [(tensors[f"source.{k}"], tensors[f"target.{k}"]) for k in range(max(1, len(tensors) // 2))]
+        batches = [(tensors[f"source.{k}"], tensors[f"target.{k}"]) for k in range(max(1, (len(tensors) + 1) // 2))]
     except KeyError as name:
         raise ValueError(f"{path}: not a file of batches: {name} is missing") from None
+    for k, (source, target) in enumerate(batches):
+        if len(source) != len(target):
+            raise ValueError(f"{path}: not a file of batches: {len(source)} rows of 'source.{k}', {len(target)} of "
+                             f"'target.{k}'")
+    return batches
 
 
 def neighbours(spans):
@@ -182,11 +188,11 @@ def damages(teacher, bank, batches):
 
 
 def read_damages(run, teacher, bank, batches):
-    """`damages`, from RUN/damage.json, {"of": a hash of bank and batches, "encoder": {"0-2": 0.01, "0-2,2-4": -0.001,
-    ...}, "decoder": ...}, which is written on first use, and anew for another bank. Raises ValueError naming a file
-    that is no JSON or lacks some."""
+    """`damages`, from RUN/damage.json, {"of": a hash of teacher, bank and batches, "encoder": {"0-2": 0.01, "0-2,2-4":
+    -0.001, ...}, "decoder": ...}, which is written on first use, and anew for another of the three. Raises ValueError
+    naming a file that is no JSON or lacks some."""
     file, of = run / "damage.json", hashlib.sha256()
-    for tensor in [*bank.parameters(), *(ids for pair in batches for ids in pair)]:
+    for tensor in [*teacher.parameters(), *bank.parameters(), *(ids for pair in batches for ids in pair)]:
         of.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
     def name(modules):
@@ -220,21 +226,19 @@ def layer_seconds(teacher, source):
     return torch.linalg.lstsq(rows, torch.ones_like(median), driver="gelsd").solution.clamp(min=0).tolist()
 
 
-def predictors(teacher, source):
-    """(speed, params): functions of (encoder layers, decoder layers) that tell a model's speed-up over the teacher on
-    `source`, from `layer_seconds`, and its number of parameters, without building it."""
+def speed_predictor(teacher, source):
+    """A function of (encoder layers, decoder layers) that tells a model's speed-up over the teacher on `source` (B, S)
+    without building it, from `layer_seconds`."""
     fixed, encoder, decoder = layer_seconds(teacher, source)
-    full, n = parameters(teacher), teacher.depths
-    one = {stack: parameters(getattr(teacher, stack).layers[0]) for stack in STACKS}
+    n = teacher.depths
+    return lambda e, d: ((fixed + n["encoder"] * encoder + n["decoder"] * decoder)
+                         / (fixed + e * encoder + d * decoder))
 
-    def speed(e, d):
-        """The teacher's predicted time over the model's."""
-        return (fixed + n["encoder"] * encoder + n["decoder"] * decoder) / (fixed + e * encoder + d * decoder)
 
-    def params(e, d):
-        """The teacher's parameters less those of the layers that go."""
-        return full - (n["encoder"] - e) * one["encoder"] - (n["decoder"] - d) * one["decoder"]
-    return speed, params
+def parameters_of(teacher, e, d):
+    """The number of parameters of a model of these depths: the teacher's less those of the layers that go."""
+    return parameters(teacher) - sum((teacher.depths[stack] - k) * parameters(getattr(teacher, stack).layers[0])
+                                     for stack, k in zip(STACKS, (e, d)))
 
 
 def path_damage(damage):
@@ -344,8 +348,10 @@ def speedup(teacher, model, source, tokens=24, rounds=7):
 
 def export(model, tokenizer_file, folder):
     """Write `model` with its tokenizer as a T5 folder that this project and Hugging Face read. The folder appears only
-    when complete. Raises ValueError if it is there already, or if something else has the name it has until then."""
-    folder, part, tokenizer = Path(folder), Path(f"{folder}.part"), Tokenizer(tokenizer_file)
+    when complete; until then it is .FOLDER.part beside it, a name that no model of somebody's has. Raises ValueError if
+    it is there already, or if something else has that name."""
+    folder, tokenizer = Path(folder), Tokenizer(tokenizer_file)
+    part = folder.with_name(f".{folder.name}.part")
     if folder.exists():
         raise ValueError(f"{folder}: is there already: choose another --out, or remove it")
     ours = {"config.json", "generation_config.json", "model.safetensors", "spiece.model", "tokenizer_config.json"}
@@ -369,16 +375,19 @@ def main(argv):
     teacher = load_t5(args.run / "teacher")
     bank = load_bank(args.run / "bank.safetensors", teacher).eval()
     teacher, bank = teacher.to(args.device), bank.to(args.device)
-    n, reached = teacher.depths, None
+    n, prefix = teacher.depths, None
+    if args.out:  # what writing needs, before the work
+        Tokenizer(args.run / "spiece.model")
+        prefix = (args.run / "args.json").exists() and read_json(args.run / "args.json").get("prefix")
     source = torch.randint(3, teacher.config.vocab_size, (args.batch_size, 16), device=args.device)
-    if args.encoder:
+    if args.encoder is not None:
         paths = {"encoder": parse_path(args.encoder, "--encoder"), "decoder": parse_path(args.decoder, "--decoder")}
     elif args.list or args.strategy == "search":
         paths = search_budget(args, teacher, bank, source)
     elif args.ratio is not None:
         paths = choose(bank, teacher, args.ratio, args.strategy)
     else:
-        paths, reached = choose_speedup(bank, teacher, args.speedup, args.strategy, source)
+        paths = choose_speedup(bank, teacher, args.speedup, args.strategy, source)
     if args.list:
         return
     model = assemble(teacher, bank, paths)
@@ -388,7 +397,7 @@ def main(argv):
     print(f"layers      {layers[0]}+{layers[1]} of {n['encoder']}+{n['decoder']}")
     print(f"ratio       {sum(n.values()) / sum(layers):.2f}x")
     print(f"parameters  {parameters(model):,} of {parameters(teacher):,}")
-    reached = reached or speedup(teacher, model, source)
+    reached = speedup(teacher, model, source)
     print(f"speed-up    {reached:.2f}x measured, batch {args.batch_size}, {args.device}; for one sentence "
           f"{possible_speedup(teacher, model):.2f}x by the weights read")
     if args.speedup is not None and reached < args.speedup:
@@ -396,7 +405,7 @@ def main(argv):
     if args.out:
         export(model.cpu(), args.run / "spiece.model", args.out)
         print(f"written to  {args.out}")
-        if (args.run / "args.json").exists() and (prefix := read_json(args.run / "args.json").get("prefix")):
+        if prefix:
             print(f"note: it was trained with {prefix!r} before every source")
         if layers[0] < layers[1]:
             print("note: transformers 5.23 sizes its generation cache by the encoder's layers and fails on a T5 with "
@@ -422,16 +431,19 @@ def parse_args(argv):
     parser.add_device()
     args = parser.parse_args(argv)
     budgets = [args.ratio is not None, args.speedup is not None, args.params is not None]
-    if sum([*budgets, bool(args.encoder or args.decoder), args.list]) != 1:
+    spans = [args.encoder is not None, args.decoder is not None]
+    if sum([*budgets, any(spans), args.list]) != 1:
         raise ValueError("give one of --ratio, --speedup, --params, --list, or --encoder with --decoder")
-    if bool(args.encoder) != bool(args.decoder):
+    if any(spans) and not all(spans):
         raise ValueError("--encoder and --decoder go together")
-    if (args.params is not None or args.list or args.encoder) and args.strategy != "search":
-        option = "--list" if args.list else "--encoder" if args.encoder else "--params"
+    if (args.params is not None or args.list or any(spans)) and args.strategy != "search":
+        option = "--list" if args.list else "--encoder" if any(spans) else "--params"
         raise ValueError(f"{option} goes with --strategy search, not {args.strategy}")
     if args.out and (args.list or args.out.exists()):
         raise ValueError(f"--out {args.out}: " + ("--list writes no model" if args.list else
                                                   "is there already: choose another, or remove it"))
+    if args.out and not (parent := next(p for p in args.out.absolute().parents if p.exists())).is_dir():
+        raise ValueError(f"--out {args.out}: {parent} is not a folder")
     for option in ("ratio", "speedup"):
         if getattr(args, option) is not None and not getattr(args, option) > 0:
             raise ValueError(f"--{option} {getattr(args, option)}: must be above 0")
@@ -445,21 +457,24 @@ def search_budget(args, teacher, bank, source):
     ValueError if nothing is within the budget."""
     start = time.perf_counter()
     batches = load_batches(args.run / "valid.safetensors", teacher.config.vocab_size)
-    damage, (speed, params) = read_damages(args.run, teacher, bank, batches), predictors(teacher, source)
+    damage, predicted = read_damages(args.run, teacher, bank, batches), ""
     if args.list:
-        return print_frontier(teacher, bank, damage, speed, params)
+        return print_frontier(teacher, bank, damage, speed_predictor(teacher, source))
     if args.ratio is not None:
         full = sum(teacher.depths.values())
         option, allowed = f"--ratio {args.ratio}", lambda e, d: full / (e + d) >= args.ratio - 0.005  # as it is printed
     elif args.speedup is not None:
+        speed = speed_predictor(teacher, source)
         option, allowed = f"--speedup {args.speedup}", lambda e, d: speed(e, d) >= args.speedup
     else:
-        option, allowed = f"--params {args.params}", lambda e, d: params(e, d) <= args.params
+        option, allowed = f"--params {args.params}", lambda e, d: parameters_of(teacher, e, d) <= args.params
     paths = search(teacher, bank, damage, allowed, batches)
     if paths is None:
         raise ValueError(f"{option}: no assembly of this bank is within it; --list shows what there is")
-    print(f"search      {time.perf_counter() - start:.1f} s through {assemblies(teacher, bank):,} assemblies; "
-          f"predicted speed-up {speed(*(len(paths[stack]) for stack in STACKS)):.2f}x")
+    if args.speedup is not None:
+        predicted = f"; predicted speed-up {speed(*map(len, paths.values())):.2f}x"
+    print(f"search      {time.perf_counter() - start:.1f} s through {assemblies(teacher, bank):,} assemblies"
+          f"{predicted}")
     return paths
 
 
@@ -476,7 +491,7 @@ def assemblies(teacher, bank):
     return math.prod(count_paths(teacher.depths[stack], bank.spans[stack]) for stack in STACKS)
 
 
-def print_frontier(teacher, bank, damage, speed, params):
+def print_frontier(teacher, bank, damage, speed):
     """All pairs of depths that no faster pair beats: a Markdown table, from the largest, the teacher unless a model's
     estimate is below 0, to the smallest."""
     best = [(len(paths["encoder"]), len(paths["decoder"]), estimate, paths)
@@ -491,14 +506,14 @@ def print_frontier(teacher, bank, damage, speed, params):
         if estimate < least:  # slower than all before it, so it must be better
             least = estimate
             spans = " | ".join(",".join(str(b - a) for a, b in paths[stack]) for stack in STACKS)
-            rows.append(f"| {e}+{d} | {sum(teacher.depths.values()) / (e + d):.2f}x | {params(e, d):,} | "
-                        f"{speed(e, d):.2f}x | {estimate:.4f} | {spans} |")
+            rows.append(f"| {e}+{d} | {sum(teacher.depths.values()) / (e + d):.2f}x | "
+                        f"{parameters_of(teacher, e, d):,} | {speed(e, d):.2f}x | {estimate:.4f} | {spans} |")
     print("\n".join(rows[::-1]))
 
 
 def choose_speedup(bank, teacher, wanted, strategy, source):
-    """The assembly with the most layers, under a strategy, whose measured speed-up on `source` reaches `wanted`, and
-    that speed-up. Raises ValueError, naming the largest that was reached, when none does."""
+    """The assembly with the most layers, under a strategy, whose measured speed-up on `source` reaches `wanted`.
+    Raises ValueError, naming the largest that was reached, when none does."""
     n = teacher.depths
     pairs = [possible_depths(n[stack], bank.spans[stack]) for stack in STACKS]
     totals = sorted({e + d for e in pairs[0] for d in pairs[1]}, reverse=True)
@@ -507,7 +522,7 @@ def choose_speedup(bank, teacher, wanted, strategy, source):
         paths = choose(bank, teacher, sum(n.values()) / total, strategy)
         got = speedup(teacher, assemble(teacher, bank, paths), source)
         if got >= wanted:
-            return paths, got
+            return paths
         reached = max(reached, got)
     raise ValueError(f"--speedup {wanted:g}: no {strategy} assembly is that fast here; the fastest reached "
                      f"{reached:.2f}")

@@ -146,7 +146,8 @@ def save_bank(bank, path):
 def load_bank(path, teacher):
     """Read a `save_bank` file for this teacher. Raises ValueError naming the file and the tensor that does not fit."""
     weights = read_safetensors(path)
-    names = [re.match(r"(encoder|decoder)\.(\d+)-(\d+)\.", name) for name in weights if not name.startswith("frame.")]
+    names = [re.match(r"(encoder|decoder)\.(\d{1,9})-(\d{1,9})\.", name)
+             for name in weights if not name.startswith("frame.")]
     if not names or not all(names):
         raise ValueError(f"{path}: not a bank of modules")
     granularities = {stack: sorted({int(m[3]) - int(m[2]) for m in names if m[1] == stack}) for stack in STACKS}
@@ -158,6 +159,8 @@ def load_bank(path, teacher):
     for name in {**ours, **weights}:
         if name not in weights or name not in ours or weights[name].shape != ours[name].shape:
             raise ValueError(f"{path}: tensor {name!r} is missing or does not fit the teacher")
+        if not weights[name].is_floating_point() or not weights[name].isfinite().all():
+            raise ValueError(f"{path}: tensor {name!r} does not hold finite numbers")
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(weights[name])

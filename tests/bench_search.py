@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assemble import (STRATEGIES, assemble, assemblies, choose, divergences, load_batches, path_damage, predictors,
-                      read_damages, search, speedup)
+from assemble import (STRATEGIES, assemble, assemblies, choose, divergences, load_batches, path_damage,
+                      read_damages, search, speed_predictor, speedup)
 from data import Batches, Tokenizer, encode_pairs
 from distill import validation_loss
 from model import Parser, command_line, load_t5
@@ -69,7 +69,7 @@ def main(argv):
     start, known = time.perf_counter(), (args.out / "damage.json").exists()
     damage = read_damages(args.out, teacher, bank, probe)
     source = torch.randint(3, teacher.config.vocab_size, (1, 16), device=args.device)
-    predict, _ = predictors(teacher, source)
+    predict = speed_predictor(teacher, source)
     print(f"{assemblies(teacher, bank):,} assemblies; measuring {'' if known else 'modules and '}layers "
           f"{time.perf_counter() - start:.1f} s\n")
 

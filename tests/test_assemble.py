@@ -136,6 +136,13 @@ def test_choose_depths_of_an_asymmetric_model(strategy, shape):
         "size-first shrinks both stacks by the same share (4 -> 2, 12 -> 6), speed-first leaves the encoder whole"
 
 
+@pytest.mark.parametrize("encoder, decoder, total, shape", ((range(1, 13), [1, 3], 10, (9, 1)),
+                                                            (range(1, 19), range(1, 7), 14, (11, 3))))
+def test_choose_depths_of_two_that_are_equally_even(encoder, decoder, total, shape):
+    found = a.choose_depths((encoder[-1] + decoder[-1]) / total, "size-first", encoder, decoder)
+    assert found == shape, "of two that are equally far from one share, 9+1 and 7+3, 11+3 and 10+4, the smaller decoder"
+
+
 @pytest.mark.parametrize("ratio", (2.5, 0.5, 0.0, -2.0, 7.0, float("nan"), float("inf"), float("-inf")))
 def test_unreachable_ratio_lists_the_possible(ratio):
     with pytest.raises(ValueError) as caught:
@@ -350,7 +357,7 @@ def test_choose_speedup_takes_the_largest(monkeypatch, strategy, wanted, shape):
     monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 10 / (len(model.encoder.layers)
                                                                           + len(model.decoder.layers)))
     teacher = tiny()
-    paths, got = a.choose_speedup(make_bank(teacher), teacher, wanted, strategy, None)
+    paths = a.choose_speedup(make_bank(teacher), teacher, wanted, strategy, None)
     assert (len(paths["encoder"]), len(paths["decoder"])) == shape, \
         f"the most layers that are {wanted}x as fast, when the time is the number of layers: {shape}"
 
@@ -380,6 +387,14 @@ def test_batches_come_back(tmp_path):
     m.write_safetensors({"source.0": torch.ones(1, 2), "target.0": torch.ones(1, 2)}, tmp_path / "valid.safetensors")
     with pytest.raises(ValueError, match="tensor 'source.0'"):
         a.load_batches(tmp_path / "valid.safetensors", 27)
+    good = {f"{side}.{k}": torch.ones(2, 3, dtype=torch.long) for side in ("source", "target") for k in (0, 1)}
+    for wrong, word in (({"target.1": None}, "'target.1' is missing"),
+                        ({"target.1": good["target.1"][:1]}, "2 rows of 'source.1', 1 of 'target.1'"),
+                        (dict.fromkeys(good, good["source.0"][:, :0]), "tensor 'source.0'")):
+        m.write_safetensors({name: ids for name, ids in {**good, **wrong}.items() if ids is not None},
+                            tmp_path / "valid.safetensors")
+        with pytest.raises(ValueError, match=rf"valid\.safetensors: .*{word}"):
+            a.load_batches(tmp_path / "valid.safetensors", 27)
 
 
 @pytest.mark.parametrize("n, granularities", ((1, []), (6, [2, 3]), (8, [2, 4]), (12, [3, 4, 6])))
@@ -472,7 +487,10 @@ def test_damages_are_measured_once(run_folder, tmp_path, monkeypatch):
     with torch.no_grad():
         next(bank.parameters()).view(-1)[0] += 1
     assert a.read_damages(tmp_path, teacher, bank, BATCHES[:1]) == every_damage(bank)
-    assert measured == [BATCHES[:1]] * 2, "for other batches they are measured anew, and for another bank"
+    with torch.no_grad():
+        next(teacher.parameters()).view(-1)[0] += 1
+    a.read_damages(tmp_path, teacher, bank, BATCHES[:1])
+    assert measured == [BATCHES[:1]] * 3, "for other batches they are measured anew, for another bank or teacher, too"
 
 
 def test_layer_seconds_fits_the_line(monkeypatch):
@@ -594,9 +612,17 @@ def test_search_keeps_the_budget(run_folder, tmp_path, capsys, monkeypatch, opti
     assert within(*model.depths.values()) if within else a.parameters(model) <= 22_000 < a.parameters(teacher)
     words = {line.split()[0]: line for line in out.splitlines()}
     assert " 65 assemblies" in words["search"], "5 encoder paths of 4 layers, 13 decoder paths of 6"
-    predicted, measured = (float(words[word].partition("speed-up")[2].split()[0].rstrip("x"))
-                           for word in ("search", "speed-up"))
-    assert predicted == pytest.approx(measured, abs=0.01), "the prediction is that of the model that was chosen"
+    if options[0] == "--speedup":
+        predicted, measured = (float(words[word].partition("speed-up")[2].split()[0].rstrip("x"))
+                               for word in ("search", "speed-up"))
+        assert predicted == pytest.approx(measured, abs=0.01), "the prediction is that of the model that was chosen"
+
+
+@pytest.mark.parametrize("options", (["--ratio", "2"], ["--params", "22K"]))
+def test_where_no_speed_is_asked_for_layers_are_not_timed(run_folder, capsys, quick, monkeypatch, options):
+    monkeypatch.setattr(a, "layer_seconds", None)  # seconds of every search, for a number that is measured anyway
+    status, out, _ = command(capsys, run_folder, *options)
+    assert status == 0 and "measured" in out
 
 
 def test_a_ratio_is_reached_as_it_is_printed(run_folder, capsys, quick, monkeypatch):
@@ -633,7 +659,8 @@ def test_list_shows_what_is_worth_choosing(run_folder, capsys, monkeypatch):
 
 
 def test_export_removes_nothing_but_what_an_export_left(run_folder, tmp_path):
-    model, (part, out) = tiny(), (tmp_path / "out.part", tmp_path / "out")
+    model, (part, out) = tiny(), (tmp_path / ".out.part", tmp_path / "out")
+    a.export(model, run_folder / "spiece.model", tmp_path / "out.part")  # a model that somebody calls so
     part.mkdir()
     for other in (part / "keep", part / "pytorch_model.bin"):
         other.mkdir() if other.name == "keep" else other.write_bytes(b"of something else")
@@ -644,6 +671,7 @@ def test_export_removes_nothing_but_what_an_export_left(run_folder, tmp_path):
     (part / "model.safetensors.part").write_bytes(b"half")  # of one that was killed
     a.export(model, run_folder / "spiece.model", out)
     assert out.exists() and not part.exists()
+    assert len([*(tmp_path / "out.part").iterdir()]) == 5, "a whole model stays, whatever its name"
 
 
 def test_spans_by_hand_take_no_strategy():
@@ -753,8 +781,8 @@ def test_failed_export_leaves_nothing(assembly, run_folder, tmp_path, monkeypatc
 
 
 def test_export_after_a_crash(assembly, run_folder, tmp_path):
-    (tmp_path / "small.part").mkdir()
-    (tmp_path / "small.part" / "model.safetensors.part").write_bytes(b"half")
+    (tmp_path / ".small.part").mkdir()
+    (tmp_path / ".small.part" / "model.safetensors.part").write_bytes(b"half")
     a.export(assembly[2], run_folder / "spiece.model", tmp_path / "small")
     assert not (tmp_path / "small" / "model.safetensors.part").exists(), "what a killed run left must not get in"
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
@@ -850,6 +878,8 @@ def test_without_out_nothing_is_written(run_folder, capsys, quick, tmp_path, mon
     (["--ratio", "2", "--speedup", "2"], ["--ratio", "--speedup", "--encoder"]),
     ([], ["--ratio", "--speedup", "--encoder"]),
     (["--encoder", "2,2"], ["--encoder", "--decoder"]),
+    (["--ratio", "2", "--encoder", ""], ["--ratio", "--encoder"]),
+    (["--encoder", "", "--decoder", "2,2,2"], ["--encoder : not span lengths"]),
     (["--decoder", "2,2,2"], ["--encoder", "--decoder"]),
     (["--encoder", "2,2", "--decoder", "2,2,2", "--ratio", "2"], ["--ratio", "--encoder"]),
     (["--encoder", "2", "--decoder", "2,2,2"], ["encoder path", "covers 2 of 4"]),
@@ -888,6 +918,19 @@ def test_existing_out(run_folder, tmp_path, capsys, quick):
     assert status == 2 and error.count("\n") == 1 and str(tmp_path / "small") in error and out == "", \
         "what is there already is found before any work is done"
     assert list((tmp_path / "small").iterdir()) == [] and len(list(tmp_path.iterdir())) == 1, "and stays as it is"
+    (tmp_path / "file").write_bytes(b"")
+    status, out, error = command(capsys, run_folder, "--ratio", "2", "--out", tmp_path / "file" / "new" / "small")
+    assert status == 2 and f"{tmp_path / 'file'} is not a folder" in error and error.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize("name", ("spiece.model", "args.json"))
+def test_what_writing_needs_is_read_before_the_work(run_folder, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(a, "search_budget", None)
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"damaged")
+    status, out, error = command(capsys, tmp_path / "run", "--ratio", "2", "--out", tmp_path / "small")
+    assert status == 2 and f"{name}: not " in error and error.count("\n") == 1 and out == "", error
+    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.parametrize("change, word", (

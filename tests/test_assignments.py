@@ -231,7 +231,7 @@ EXERCISES = {
                   "lower layers are whole"),
             Wrong("speed-first takes the encoder's layers", "min(pairs, key=lambda p: p[1])",
                   "min(pairs, key=lambda p: p[0])", "speed-first takes the decoder's layers first"),
-            Wrong("size-first by the number of layers, not their share", "abs(p[0] / encoder[-1] - p[1] / decoder[-1])",
+            Wrong("size-first by the number of layers, not their share", "abs(p[0] * decoder[-1] - p[1] * encoder[-1])",
                   "abs(p[0] - p[1])", "by the same share")]),
     "12 beam search": Exercise(
         "model.py", {"T5._beam_search": "Keep the K best prefixes"},

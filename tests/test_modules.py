@@ -446,6 +446,21 @@ def test_file_that_is_no_bank(file, tmp_path):
     refused(file, tiny(), "not a bank")
 
 
+@pytest.mark.parametrize("wrong", (math.nan, math.inf, "int"))
+def test_numbers_that_no_training_leaves(file, wrong):
+    name = "decoder.0-3.feed_forward_norm.weight"
+
+    def spoil(weights):
+        weights[name] = weights[name].to(torch.int8) if wrong == "int" else weights[name] + wrong
+    change(file, spoil)
+    refused(file, tiny(), f"tensor '{name}' does not hold finite numbers")
+
+
+def test_an_endless_number_in_a_name(file):
+    change(file, lambda weights: weights.update({f"encoder.0-{'9' * 5000}.self_norm.weight": torch.zeros(16)}))
+    refused(file, tiny(), "not a bank")
+
+
 @pytest.mark.parametrize("share", (0.0, 0.001, 0.5, 0.999))
 def test_truncated_file(file, share):
     raw = file.read_bytes()
