@@ -151,7 +151,8 @@ def toy_splits(seed, train, valid, test):
 def read_pairs(*paths, prefix=""):
     """
     One `.tsv` (source TAB target), one `.jsonl` ({"source": …, "target": …}), or two parallel text files
-    -> list of (prefix + source, target). A ValueError or OSError names the file and the line at fault.
+    -> list of (prefix + source, target), no text without a visible letter. A ValueError or OSError names the
+    file and the line at fault.
     """
     kinds = [Path(path).suffix.lower() for path in paths]
     parse = {(".tsv",): _parse_tsv, (".jsonl",): _parse_json}.get(tuple(kinds))
@@ -165,7 +166,7 @@ def read_pairs(*paths, prefix=""):
     for n, row in enumerate(zip(*columns), start=1):
         source, target = parse(f"{paths[0]}:{n}", *row) if parse else row
         for path, name, text in ((paths[0], "source", source), (paths[-1], "target", target)):
-            if not text.strip():
+            if not any(c.isprintable() and not c.isspace() for c in text):  # nor a lone zero-width space
                 raise ValueError(f"{path}:{n}: the {name} is empty; remove the pair or fill it in")
         pairs.append((prefix + source, target))
     return pairs
@@ -205,7 +206,7 @@ def _parse_json(place, line):
 
 # --------------------------------------------------------------------- batches
 def encode_pairs(tokenizer, pairs, max_length):
-    """Pairs of texts -> ([(source_ids, target_ids), …], number of sequences cut). eos stays last in all."""
+    """Pairs of texts -> ([(source_ids, target_ids), …], number of sequences cut to max_length >= 1). eos stays."""
     pairs = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
     truncated = sum(len(ids) > max_length for pair in pairs for ids in pair)
     return [tuple(ids[:-1][:max_length - 1] + ids[-1:] for ids in pair) for pair in pairs], truncated

@@ -333,7 +333,8 @@ class StackOutput(NamedTuple):
     """What `encode` and `decode` return. `states` and `probs` have one entry per layer that was run."""
     hidden: torch.Tensor  # (B, T, d_model), after the stack's final norm
     states: list          # (B, T, d_model) after each layer, before the final norm
-    probs: list           # per layer (self,) or (self, cross) attention probabilities (B, H, T, K), or None
+    probs: list           # per layer (self,) or (self, cross) attention probabilities (B, H, T, K), or None; cross ones
+                          # of a cache of several beams: (sentences, H, beams T, S)
 
 
 class LayerCache:
@@ -521,7 +522,7 @@ class T5(nn.Module):
         if min(len(input_ids), max_new_tokens, num_beams) < 1 or max(max_new_tokens, num_beams) > 1 << 20:
             raise ValueError(f"sentences ({len(input_ids)}), max_new_tokens ({max_new_tokens}) and num_beams "
                              f"({num_beams}) must be at least 1, and the last two at most {1 << 20}")
-        mask, training = input_ids != self.config.pad_token_id, self.training
+        mask, modes = input_ids != self.config.pad_token_id, [(part, part.training) for part in self.modules()]
         self.eval()
         try:
             memory = self.encode(input_ids).hidden
@@ -530,7 +531,8 @@ class T5(nn.Module):
             else:
                 output = self._beam_search(memory, mask, max_new_tokens, num_beams, length_penalty)
         finally:
-            self.train(training)
+            for part, training in modes:  # each its own: one may be frozen
+                part.training = training
         used = (output != self.config.pad_token_id).any(0)  # columns: a model may emit pad before its eos, too
         return output[:, :(used * torch.arange(1, max_new_tokens + 1, device=used.device)).max()]
 
@@ -664,6 +666,8 @@ def read_safetensors(path):
                 with memory_for(path):  # not the file's fault: no tensor is larger than it
                     tensors[name], end_of_data = torch.empty(shape, dtype=dtype), end
                 f.readinto(tensors[name].flatten().view(torch.uint8).numpy())
+            if 8 + length + end_of_data != size:
+                raise ValueError(f"the tensors end at byte {8 + length + end_of_data} of {size}")
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path}: truncated or not a safetensors file: {reason}") from None
@@ -764,7 +768,7 @@ def read_config(path):
 def read_shards(index):
     """The file names in an index, {"weight_map": {tensor: file}}. Raises ValueError naming it."""
     weight_map = read_json(index).get("weight_map")
-    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) and weight_map else [weight_map]
     for shard in shards:
         if Path(str(shard)).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):
             raise ValueError(f"{index}: {shard!r} is not the name of a weight file in this folder")
@@ -807,17 +811,26 @@ def read_weights(folder):
 def load_t5(path):
     """A T5 folder, or a name such as "t5-small" to fetch -> T5 in float32 on the CPU, in eval mode.
 
-    Raises ValueError or OSError naming the file and the tensor that is missing, unexpected or misshapen.
+    Raises ValueError or OSError naming the file and the tensor that is missing, unexpected, misshapen, of no plain
+    floating-point numbers, or another one than its alias; MemoryError naming the file.
     """
     folder = find_t5(path)
     config, weights = read_config(folder / "config.json"), read_weights(folder)
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+            raise ValueError(f"{folder}: tensor {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}: not "
+                             f"plain floating-point numbers")
     aliases = ("shared.weight", *ALIASES) + ("lm_head.weight",) * config.tie_word_embeddings
     embedding = next((weights[name] for name in aliases if name in weights), None)
     head = weights.get("lm_head.weight", embedding)
+    for name in ("shared.weight", *ALIASES):
+        if name in weights and not torch.equal(weights[name].float(), embedding.float()):
+            raise ValueError(f"{folder}: tensor {name} is another one than its alias: this T5 has one embedding")
     if embedding is not None:
         weights["shared.weight"] = embedding
     # The file decides whether the head is a tensor of its own: the flag may say one thing and the file another.
-    config.tie_word_embeddings = embedding is None or head is embedding or torch.equal(head, embedding)
+    config.tie_word_embeddings = embedding is None or head is embedding or torch.equal(
+        head.float(), embedding.float())
     with torch.device("meta"):  # shapes only: the file's tensors become the parameters
         model = T5(config)
     used, state = set(), {}
@@ -839,10 +852,18 @@ def load_t5(path):
     return model.eval()
 
 
+def check_ids(folder, config, tokenizer):
+    """Raise ValueError if a folder's config.json and spiece.model mean other ids by pad and eos."""
+    if (config.pad_token_id, config.eos_token_id) != (tokenizer.pad_id, tokenizer.eos_id):
+        raise ValueError(f"{folder}: config.json has pad_token_id {config.pad_token_id} and eos_token_id "
+                         f"{config.eos_token_id}, spiece.model {tokenizer.pad_id} and {tokenizer.eos_id}")
+
+
 def save_t5(model, path):
     """Write `model` to the folder `path` (made if need be): config.json, generation_config.json, model.safetensors.
 
-    `load_t5` and Hugging Face's T5ForConditionalGeneration read it and give the same logits.
+    `load_t5` and Hugging Face's T5ForConditionalGeneration read it and give the same logits (transformers 4 does not
+    know `scale_decoder_outputs`: where the head is both untied and scaled its logits are others).
     """
     path, c = Path(path), model.config
     path.mkdir(parents=True, exist_ok=True)
@@ -866,9 +887,10 @@ def find_t5(path):
     """
     if Path(path).is_dir():
         return Path(path)
-    if isinstance(path, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+    if isinstance(path, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path, re.ASCII):
         raise FileNotFoundError(f"{path}: no such folder, nor the name of a model")
-    folder = Path(os.environ.get("MODULAR_T5_CACHE", Path.home() / ".cache" / "modular-transformers")) / path
+    cache = os.environ.get("MODULAR_T5_CACHE") or os.path.expanduser("~/.cache/modular-transformers")
+    folder = Path(cache) / path
     base = f"{os.environ.get('MODULAR_T5_HUB', HUB).rstrip('/')}/{path}/resolve/main"
     try:
         for name in ("config.json", "spiece.model"):
@@ -899,18 +921,19 @@ def fetch(base, path):
     """Download base/NAME to `path`, which appears only when complete. FileNotFoundError for 404, else OSError."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     url = f"{base}/{path.name}"
     try:
         part = f"{path}.{os.getpid()}.part"  # its own, as another run may fetch the same
-        with urllib.request.urlopen(url, timeout=30) as reply, new_file(path, part) as f:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            path.parent.mkdir(parents=True, exist_ok=True)  # only now: a name that nobody has leaves no folder
             total = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            with new_file(path, part) as f, tqdm(total=total or None, unit="B", unit_scale=True, desc=path.name,
+                                                 disable=None) as bar:
                 while chunk := reply.read(1 << 20):
                     f.write(chunk)
                     bar.update(len(chunk))
-            if total and f.tell() != total:
-                raise OSError(f"{url}: {f.tell()} of {total} bytes came")
+                if total and f.tell() != total:
+                    raise OSError(f"{url}: {f.tell()} of {total} bytes came")
     except urllib.error.HTTPError as error:
         raise (FileNotFoundError if error.code == 404 else OSError)(f"{url}: {error.code} {error.reason}") from None
 
@@ -919,8 +942,9 @@ def fetch(base, path):
 
 def command_line(run):
     """Make `main(argv=None) -> exit status` of run(argv): what the user got wrong, a ValueError or OSError (or a loss
-    that left the finite numbers, or memory that ran out), is one line on stderr and status 2, an interrupt is 130, the
-    rest is a bug. `python -X dev` shows every error's traceback."""
+    that left the finite numbers, or memory that ran out), is one line on stderr and status 2, an interrupt is 130, a
+    reader of the output that went away, such as `| head`, 141, the rest is a bug. `python -X dev` shows every error's
+    traceback."""
     @functools.wraps(run)
     def main(argv=None):
         """`run`, its errors turned into an exit status."""
@@ -935,6 +959,10 @@ def command_line(run):
             if cause:
                 print("interrupted", file=sys.stderr)
                 return 130
+            if isinstance(error, BrokenPipeError):
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 1)  # for what Python flushes at the end
+                return 141
             users = (ValueError, OSError, FloatingPointError, MemoryError)
             if sys.flags.dev_mode or not (isinstance(error, users) or out_of_memory(error)):
                 raise
@@ -1002,6 +1030,7 @@ def main(argv):
     from data import Tokenizer  # here alone: the model itself knows no text
     folder = find_t5(args.model)
     model, tokenizer = load_t5(folder).to(args.device), Tokenizer(folder)
+    check_ids(folder, model.config, tokenizer)
     for n, line in enumerate(args.text or sys.stdin.buffer, start=1):
         try:
             ids = tokenizer.encode((line if args.text else line.decode()).rstrip("\r\n"))  # UTF-8 on every system

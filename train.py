@@ -37,8 +37,8 @@ from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read
                   train_tokenizer)
 from distill import (CE_ONLY, calibrate, load_checkpoint, pick_dtype, processes, shrink, train_modules, train_student,
                      validation_loss)
-from model import (T5, Parser, T5Config, command_line, find_t5, load_t5, memory_for, naming, new_file, quick_products,
-                   read_json, write_json)
+from model import (T5, Parser, T5Config, check_ids, command_line, find_t5, load_t5, memory_for, naming, new_file,
+                   quick_products, read_json, write_json)
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans, path_of, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
@@ -397,9 +397,7 @@ def start_run(args, pairs):
         if tokenizer.vocab_size > c.vocab_size and any(max(tokenizer.encode(text)) >= c.vocab_size for text in texts):
             raise ValueError(f"{folder}: the embedding has no rows for sentinels such as <extra_id_0>: take them out "
                              f"of the data")
-        if (c.pad_token_id, c.eos_token_id) != (tokenizer.pad_id, tokenizer.eos_id):
-            raise ValueError(f"{folder}: config.json has pad_token_id {c.pad_token_id} and eos_token_id "
-                             f"{c.eos_token_id}, spiece.model {tokenizer.pad_id} and {tokenizer.eos_id}")
+        check_ids(folder, c, tokenizer)
     check_plan(args, *((teacher.config.num_layers, teacher.config.num_decoder_layers) if teacher else
                        (args.layers, args.layers)))
     if not teacher and not args.resume:

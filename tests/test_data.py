@@ -276,6 +276,7 @@ def test_only_newline_ends_a_line(tmp_path):
     (dict(), "give one .tsv"),
     (dict(a_de="a\nb\nc\n", a_en="a\nb\n"), r"a\.de has 3 lines but .*a\.en has 2"),
     (dict(a_de="a\nb\n", a_en="a\n\n"), r"a\.en:2: the target is empty"),
+    (dict(a_de="a\n\u200b\n", a_en="a\nb\n"), r"a\.de:2: the source is empty"),
     (dict(a_de="a\n\n", a_en="a\nb\n"), r"a\.de:2: the source is empty"),
     (dict(a_de="a\n", a_en=""), r"a\.en: empty file"),
     (dict(a_de="a\nb\n", a_en=b"a\n\xff\n"), r"a\.en:2: not valid UTF-8"),

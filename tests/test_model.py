@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -211,6 +212,14 @@ def test_generation_that_is_interrupted_leaves_the_mode(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.generate(padded([[5, 1]]))
     assert model.training, "who goes on training does so with dropout"
+
+
+def test_generation_leaves_every_part_in_its_mode():
+    model = tiny().train()
+    model.encoder.eval()  # frozen, say
+    model.generate(padded([[5, 1]]), 2)
+    assert model.training and model.decoder.layers[0].training, "who goes on training does so with dropout"
+    assert not model.encoder.training and not model.encoder.layers[0].training, "and a frozen encoder without"
 
 
 def test_rms_norm_by_hand():
@@ -961,6 +970,31 @@ def test_other_dtypes_load_as_float32(folder, dtype, file):
     assert all(weight.requires_grad for weight in model.parameters()) and not model.training
 
 
+@pytest.mark.parametrize("spoil", (
+    lambda x: x.to(torch.int8), lambda x: x.to(torch.complex64), lambda x: x.to_sparse(), lambda x: x.to("meta")))
+def test_other_tensors_than_plain_numbers_are_refused(folder, spoil):
+    weights = m.read_safetensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = "encoder.final_layer_norm.weight"
+    torch.save({**weights, name: spoil(weights[name])}, folder / "pytorch_model.bin")
+    refused(folder, str(folder), name, "not plain floating-point numbers")
+
+
+@pytest.mark.parametrize("name", m.ALIASES)
+@pytest.mark.parametrize("other", (lambda x: x + 1, lambda x: x[:3]))
+def test_two_embeddings_are_refused(folder, name, other):
+    change_weights(folder, lambda weights: weights.update({name: other(weights["shared.weight"])}))
+    refused(folder, str(folder), f"tensor {name} is another one than its alias")
+
+
+def test_a_head_of_eight_bits(folder):
+    weights = m.read_safetensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    head = weights["shared.weight"].to(torch.float8_e4m3fn)
+    torch.save({**weights, "lm_head.weight": head}, folder / "pytorch_model.bin")
+    assert torch.equal(m.load_t5(folder).head.weight, head.float())
+
+
 @pytest.mark.parametrize("zipped", (True, False))
 def test_pytorch_file(folder, zipped):
     weights = m.read_safetensors(folder / "model.safetensors")
@@ -1146,6 +1180,12 @@ def test_read_safetensors_with_a_bad_header(folder, header):
     refused(folder, "model.safetensors", error=ValueError)
 
 
+def test_bytes_that_belong_to_no_tensor(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes() + bytes(4))
+    refused(folder, "model.safetensors", "the tensors end at byte", error=ValueError)
+
+
 @pytest.mark.parametrize("raw", (b"", b"not a weight file", b"PK\x03\x04", b"\x80\x02", b"\x00" * 4096))
 def test_bin_that_is_no_weight_file(folder, raw):
     (folder / "model.safetensors").unlink()
@@ -1210,6 +1250,7 @@ def test_missing_shard(folder, name):
 
 
 @pytest.mark.parametrize("weight_map", (
+    {},
     {"shared.weight": "../elsewhere.safetensors"}, {"shared.weight": "/etc/passwd"}, {"shared.weight": ".."},
     {"shared.weight": "sub/../../elsewhere.safetensors"}, {"shared.weight": "./elsewhere.safetensors"},
     {"shared.weight": "/elsewhere.safetensors"}, {"shared.weight": "a.safetensors/"},
@@ -1374,11 +1415,23 @@ def test_offline(hub, monkeypatch):
 
 def test_no_such_model(hub):
     assert_offline_line("me/none", hub.cache.parent / "none")
+    assert not (hub.cache.parent / "none").exists(), "no folder is left of a name that nobody has"
     (hub.files / "model.safetensors").unlink()
     assert_offline_line("me/tiny", hub.cache)
 
 
-@pytest.mark.parametrize("name", ("/no/such/folder", "a/b/c", "../up", "my model", ""))
+def test_the_cache_needs_no_home(monkeypatch, tmp_path):
+    def none(*_):
+        raise RuntimeError("no home")
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setenv("MODULAR_T5_HUB", closed_address())
+    for cache in (str(tmp_path), ""):
+        monkeypatch.setenv("MODULAR_T5_CACHE", cache)
+        with pytest.raises(OSError, match=f"into {re.escape(cache or os.path.expanduser('~/.cache'))}"):
+            m.find_t5("me/tiny")
+
+
+@pytest.mark.parametrize("name", ("/no/such/folder", "a/b/c", "../up", "my model", "mod\u00e8le", ""))
 def test_what_can_not_be_a_name_is_not_asked_for(hub, name):
     with pytest.raises(OSError):
         m.load_t5(name)
@@ -1444,6 +1497,25 @@ def test_command_line_refuses_a_token_without_a_row(text_folder, tmp_path, capsy
     assert m.main([str(folder), "<extra_id_0>"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "spiece.model" in error and f"vocab_size {model.config.vocab_size}" in error
+
+
+@pytest.mark.parametrize("name, value", (("eos_token_id", 7), ("pad_token_id", 9)))
+def test_command_line_refuses_another_ones_tokenizer(text_folder, tmp_path, capsys, name, value):
+    folder = tmp_path / "model"
+    shutil.copytree(text_folder, folder)
+    m.write_json({**m.read_json(folder / "config.json"), name: value}, folder / "config.json")
+    assert m.main([str(folder), "one line"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "config.json has pad_token_id" in error and "spiece.model 0 and 1" in error
+
+
+def test_a_reader_may_go_away(text_folder):
+    run = subprocess.Popen([sys.executable, str(ROOT / "model.py"), str(text_folder), *["one line"] * 30],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.readline()
+    run.stdout.close()  # as `| head -1` does
+    assert (run.wait(timeout=60), run.stderr.read()) == (141, "")
+    run.stderr.close()
 
 
 def test_command_line_names_the_bad_file(folder):
