@@ -451,7 +451,9 @@ def test_numbers_that_no_training_leaves(file, wrong):
     name = "decoder.0-3.feed_forward_norm.weight"
 
     def spoil(weights):
-        weights[name] = weights[name].to(torch.int8) if wrong == "int" else weights[name] + wrong
+        weights[name] = weights[name].to(torch.int8) if wrong == "int" else weights[name].clone()
+        if wrong != "int":
+            weights[name][0] = wrong
     change(file, spoil)
     refused(file, tiny(), f"tensor '{name}' does not hold finite numbers")
 
