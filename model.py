@@ -658,6 +658,8 @@ def read_safetensors(path):
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"tensor {name}: dtype {entry['dtype']} is not known here")
                 shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], DTYPES[entry["dtype"]]
                 if begin != end_of_data or end - begin != math.prod(shape) * dtype.itemsize:
                     raise ValueError(f"tensor {name}: bytes {begin} to {end} do not hold {dtype} of shape {shape}")

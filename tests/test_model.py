@@ -1180,6 +1180,12 @@ def test_read_safetensors_with_a_bad_header(folder, header):
     refused(folder, "model.safetensors", error=ValueError)
 
 
+def test_a_dtype_that_is_not_known_is_named(folder):
+    header = b'{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refused(folder, "model.safetensors", "tensor a: dtype Q4 is not known here", error=ValueError)
+
+
 def test_bytes_that_belong_to_no_tensor(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes() + bytes(4))
