@@ -146,7 +146,7 @@ def save_bank(bank, path):
 def load_bank(path, teacher):
     """Read a `save_bank` file for this teacher. Raises ValueError naming the file and the tensor that does not fit."""
     weights = read_safetensors(path)
-    names = [re.match(r"(encoder|decoder)\.(\d{1,9})-(\d{1,9})\.", name)
+    names = [re.match(r"(encoder|decoder)\.(\d{1,9})-(\d{1,9})\.", name)  # int() refuses thousands of digits
              for name in weights if not name.startswith("frame.")]
     if not names or not all(names):
         raise ValueError(f"{path}: not a bank of modules")

@@ -374,13 +374,14 @@ def start_run(args, pairs):
     if not args.resume and any((out / name).exists() for name in (
             "args.json", "log.jsonl", "first-teacher", "teacher", "checkpoint.pt", "frontier.svg", "config.json")):
         raise ValueError(f"{out}: holds a run or a model already: go on with --resume, or choose another --out")
-    for name in ("bank.safetensors", "pseudo.json", "baselines", "results.json"):  # all made after the teacher
-        if (out / name).exists() and not (out / "teacher").exists():
-            raise ValueError(f"{out / name}: of a teacher that is no longer there: remove it, too")
-    stages = ("teacher", "self-distillation") if (out / "first-teacher").exists() else ("teacher",)
-    if args.resume and (out / "checkpoint.pt").exists() and not (out / "teacher").exists() and not load_checkpoint(
-            out / "checkpoint.pt", *stages):
-        raise ValueError(f"{out / 'checkpoint.pt'}: of a teacher that is no longer there: remove it, too")
+    if not (out / "teacher").exists():
+        later = ["bank.safetensors", "pseudo.json", "baselines", "results.json"]  # all made after the teacher
+        stages = ("teacher", "self-distillation") if (out / "first-teacher").exists() else ("teacher",)
+        if not load_checkpoint(out / "checkpoint.pt", *stages):
+            later.append("checkpoint.pt")
+        for name in later:
+            if (out / name).exists():
+                raise ValueError(f"{out / name}: of a teacher that is no longer there: remove it, too")
     if args.resume:
         tokenizer = Tokenizer(out)
     trained = [out / name for name in ("teacher", "first-teacher") if (out / name).exists()]
