@@ -42,8 +42,9 @@ from model import (T5, Parser, T5Config, check_ids, command_line, find_t5, load_
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans, path_of, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
-BASELINES = ("sft", "kd", "pseudo", "theseus")
+BASELINES = ("sft", "kd", "calibrated", "pseudo", "theseus")
 
+SPANNING = ("calibrated", "theseus")  # those whose layers are modules at first, of one granularity in each stack
 SHAPE = ("layers", "d_model", "dropout", "vocab")  # of a teacher from scratch
 
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
@@ -444,7 +445,7 @@ def check_plan(args, encoder, decoder):
     for kind, e, d in parse_baselines(args.baselines):
         if not (1 <= e <= encoder and 1 <= d <= decoder):
             raise ValueError(f"--baselines {kind}:{e}+{d}: the teacher has {encoder}+{decoder} layers")
-        if kind == "theseus" and (encoder % e or decoder % d or (e, d) == (encoder, decoder)):
+        if kind in SPANNING and (encoder % e or decoder % d or (e, d) == (encoder, decoder)):
             raise ValueError(f"--baselines {kind}:{e}+{d}: not a shape that equal spans make of {encoder}+{decoder}")
 
 
@@ -475,26 +476,38 @@ def new_bank(teacher, batches, args):
     chosen = args.granularities and dict.fromkeys(STACKS, args.granularities)
     bank = Bank(teacher, chosen, "average" if args.init == "average" else "copy")
     if args.init == "calibrated":
-        say(f"calibration: modules are fitted to the teacher's states on {CALIBRATION} batches")
-        with memory_for("calibration: lower --batch-tokens or --max-length"):
-            calibrate(teacher, bank, [batches[k] for k in range(CALIBRATION)])
+        calibrate_on(batches, teacher, bank)
     return bank
+
+
+def calibrate_on(batches, teacher, bank):
+    """`calibrate` the bank on the first CALIBRATION batches. Raises MemoryError that says what to lower."""
+    say(f"calibration: modules are fitted to the teacher's states on {CALIBRATION} batches")
+    with memory_for("calibration: lower --batch-tokens or --max-length"):
+        calibrate(teacher, bank, [batches[k] for k in range(CALIBRATION)])
 
 
 def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, valid):
     """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank. batches:
-    {"data": Batches, "teacher": the same sources with the teacher's outputs as targets}; KD learns what the bank does.
-    """
-    batches = batches[{"kd": args.targets, "pseudo": "teacher"}.get(kind, "data")]
-    if kind == "theseus":
+    {"data": Batches, "teacher": the same sources with the teacher's outputs as targets}; KD, "calibrated" too, learns
+    what the bank does. valid: model -> its loss on the validation pairs."""
+    batches = batches[{"kd": args.targets, "calibrated": args.targets, "pseudo": "teacher"}.get(kind, "data")]
+    if kind in SPANNING:
         shape, n = dict(zip(STACKS, (encoder, decoder))), teacher.depths
+        paths = {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()}
         bank = Bank(teacher, {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in shape.items()})
+    if kind == "theseus":
         train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, rate_rise=0.3, name=name,
                       **loop)  # its modules are not calibrated: they stand among the teacher's layers for longer
-        return assemble(teacher, bank, {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()})
-    student = shrink(teacher, encoder, decoder)
+        return assemble(teacher, bank, paths)
+    if kind == "calibrated":
+        calibrate_on(batches, teacher, bank)
+        student = assemble(teacher, bank, paths)
+    else:
+        student = shrink(teacher, encoder, decoder)
     say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")
-    train_student(student, batches, args.steps, teacher if kind == "kd" else None, lr=args.lr, name=name, **loop)
+    train_student(student, batches, args.steps, teacher if kind in ("kd", "calibrated") else None, lr=args.lr,
+                  name=name, **loop)
     return student
 
 

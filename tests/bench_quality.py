@@ -2,7 +2,7 @@
 
     python train.py --train ... --out RUN                    # any run: its teacher, data and settings are used
     python tests/bench_quality.py RUN                        # everything, seed 0; again: what is not there yet
-    python tests/bench_quality.py RUN main --seeds 0 1       # a bank and twelve students a seed, on the test pairs
+    python tests/bench_quality.py RUN main --seeds 0 1       # a bank and fifteen students a seed, on the test pairs
     python tests/bench_quality.py RUN beam --seeds 0 1       # their scores with four beams
     python tests/bench_quality.py RUN little --steps 235     # fewer of them, from 1,000, 3,000, 10,000 and all pairs
     python tests/bench_quality.py RUN ablations --steps 470  # one thing changed at a time, on the validation pairs
@@ -64,6 +64,7 @@ VARIANTS = {
     "granularity 2 alone": {"settings": {"granularities": [2]}},
     "granularity 2 alone, its rows": {"settings": {"granularities": [2], "paths": None}, "its rows": True},
     "granularity 6 alone": {"settings": {"granularities": [6]}},
+    "granularities 2, 3, 6": {"settings": {"granularities": [2, 3, 6]}},
     "granularity 6 alone, its rows": {"settings": {"granularities": [6], "paths": None}, "its rows": True},
 }
 
@@ -77,7 +78,7 @@ def main(argv):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="in little, ablations and teacher; by default the run's")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these ablations")
-    parser.add_argument("--students", help='in main, such as "sft:6+6,kd:2+2"; by default all four kinds at 2x, 3x, 6x')
+    parser.add_argument("--students", help='in main, such as "sft:6+6,kd:2+2"; by default all five kinds at 2x, 3x, 6x')
     asked = parser.parse_args(argv)
     for part in set(asked.parts) - set(PARTS):
         raise ValueError(f"{part}: not one of {', '.join(PARTS)}")
@@ -128,9 +129,10 @@ class Study:
         self.teacher_labels = None  # for the validation sources
 
     def has(self, name):
-        """Can this teacher have the modules of that ablation?"""
-        return not any(n % g for g in VARIANTS[name].get("settings", {}).get("granularities", ())
-                       for n in self.teacher.depths.values())
+        """Can this teacher have the modules of that ablation, and are they others than those it has anyway?"""
+        chosen = VARIANTS[name].get("settings", {}).get("granularities", [])
+        return not any(n % g for g in chosen for n in self.teacher.depths.values()) and any(
+            default_granularities(n) != chosen for n in self.teacher.depths.values())
 
     def sizes(self):
         """(encoder, decoder) depths at 2x, 3x and 6x, those that the run's bank can make."""
@@ -255,19 +257,16 @@ def little_data(study, seed):
     steps, sizes, everything = study.args.steps, study.sizes(), range(len(study.pairs["train"]))
     for k in (*(k for k in LITTLE if k < len(everything)), len(everything)):
         batches = study.train(seed, {"data", study.args.targets}, random.Random(seed).sample(everything, k))
-        title, kinds = f"little {steps}", ("bank", "sft", "kd", "calibrated kd", "kd without dropout")
+        title, kinds = f"little {steps}", ("bank", "sft", "kd", "calibrated", "kd without dropout")
         for kind, (e, d) in product(kinds, dict.fromkeys(sizes[:1] + sizes[-1:])):
             def score():
                 name = f"{kind}-{e}+{d}-{k}-{steps}-{seed}"
                 if kind == "bank":
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
                     model = study.assembly(bank, e, d)
-                elif kind in ("calibrated kd", "kd without dropout"):  # what are the bank's start and no dropout worth?
-                    if kind == "calibrated kd":
-                        model = study.assembly(new_bank(study.teacher, batches[study.args.targets], study.args), e, d)
-                    else:
-                        model = shrink(study.teacher, e, d)
-                        model.train = lambda mode=True, model=model: T5.train(model, False)
+                elif kind == "kd without dropout":  # what is that worth, which a bank has not?
+                    model = shrink(study.teacher, e, d)
+                    model.train = lambda mode=True, model=model: T5.train(model, False)
                     train_student(model, batches[study.args.targets], steps, study.teacher, lr=study.args.lr, name=name,
                                   **study.loop(name, seed))
                 else:

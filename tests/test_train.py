@@ -3,6 +3,7 @@
     pytest tests/test_train.py
 """
 import contextlib
+import copy
 import io
 import json
 import os
@@ -31,7 +32,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SHORT = ["--teacher-steps", "5", "--self-distill-steps", "3", "--steps", "4", "--lr", "2e-2", "--batch-tokens", "512",
          "--max-length", "12", "--device", "cpu", "--dtype", "float32"]
 SMALL = ["--layers", "6", "--d-model", "32", "--vocab", "80", *SHORT]
-BASELINES = "sft:3+3,kd:3+2,pseudo:1+1,theseus:2+3"
+BASELINES = "sft:3+3,kd:3+2,calibrated:1+6,pseudo:1+1,theseus:2+3"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,7 +155,8 @@ def test_the_search_sees_pairs_from_everywhere():
 @pytest.mark.parametrize("baselines, good", (
     ("kd:1+1,sft:6+4", True), ("kd:0+1", False), ("kd:1+0", False), ("kd:7+1", False), ("kd:1+5", False),
     ("theseus:3+2,theseus:6+1,theseus:2+4", True), ("theseus:4+2", False), ("theseus:3+3", False),
-    ("theseus:6+4", False)))
+    ("theseus:6+4", False), ("calibrated:3+2,calibrated:6+1", True), ("calibrated:4+2", False),
+    ("calibrated:6+4", False)))
 def test_baselines_of_a_teacher_of_6_and_4_layers(baselines, good):
     args = Namespace(granularities=None, baselines=baselines)
     if good:
@@ -306,7 +308,8 @@ def test_table_has_the_teacher_eight_assemblies_and_the_baselines(finished):
     assert min(ratios) < 1.1 and max(ratios) == 6, "assemblies range from 1.1x to 6x"
     shapes = {(row["encoder"], row["decoder"]) for row in assemblies.values()}
     assert (6, 1) in shapes and (1, 6) in shapes, "encoder-only and decoder-only compression are in the table"
-    assert {"sft 3+3", "kd 3+2", "pseudo 1+1", "theseus 2+3"} < set(rows), "every baseline asked for has a row"
+    assert {"sft 3+3", "kd 3+2", "calibrated 1+6", "pseudo 1+1", "theseus 2+3"} < set(rows), \
+        "every baseline asked for has a row"
     for name, row in rows.items():
         folder = "teacher" if name == "teacher" else f"baselines/{name.replace(' ', '-')}"
         if (finished / folder).exists():
@@ -384,6 +387,24 @@ def test_how_the_modules_start(finished, init):
     if init == "calibrated":
         distill.calibrate(teacher, plain, [batches[k] for k in range(train.CALIBRATION)])
         assert all(torch.equal(a, b) for a, b in zip(bank.parameters(), plain.parameters()))
+
+
+def test_how_a_calibrated_student_starts(finished, monkeypatch):
+    """As the assembly of its shape does that a calibrated bank makes, but all of it trains, and with dropout."""
+    def at_the_start(student, *_, **__):
+        return states.append(copy.deepcopy(student.state_dict()))
+    states, teacher, tokenizer = [], load_t5(finished / "teacher"), Tokenizer(finished)
+    pairs = encode_pairs(tokenizer, read_pairs(*train.read_json(finished / "args.json")["train"]), 12)[0]
+    batches, args = Batches(pairs, 512, tokenizer.pad_id, 0), train.parse_args(["--resume", "--out", str(finished)])
+    monkeypatch.setattr(train, "train_student", at_the_start)
+    for encoder, decoder in ((3, 2), (6, 1)):
+        train.train_baseline("calibrated", encoder, decoder, teacher, {args.targets: batches}, args, "kd", {},
+                             lambda model: 0.0)
+        bank = train.new_bank(teacher, batches, args)
+        expected = assemble(teacher, bank, train.even_paths(teacher, bank, encoder, decoder)).state_dict()
+        assert states[-1].keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(states[-1][name], tensor), f"{encoder}+{decoder}, {name}: the start is the bank's"
 
 
 def test_calibration_out_of_memory_is_one_line(finished, monkeypatch):
@@ -537,14 +558,15 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets, p
     monkeypatch.setattr(train, "train_student", student)
     monkeypatch.setattr(train, "train_modules", training)
     train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(tmp_path / "run"), "--targets", targets,
-                "--baselines", "sft:1+1,kd:1+1,pseudo:1+1,theseus:1+1", "--seed", "3", *paths])
+                "--baselines", "sft:1+1,kd:1+1,calibrated:1+1,pseudo:1+1,theseus:1+1", "--seed", "3", *paths])
     others = dict.fromkeys(list(learnt)[2:], (4, 2e-2, 3))
     assert how == {"teacher": (5, 3e-2, 3), "self-distillation": (3, 2e-2, 3), **others}, \
         "--teacher-steps at --teacher-lr; --self-distill-steps, then --steps, at --lr; all of --seed"
     assert learnt == {"teacher": "data", "self-distillation": "teacher", "bank": targets, "sft 1+1": "data",
-                      "kd 1+1": targets, "pseudo 1+1": "teacher", "theseus 1+1": "data"}, \
-        "the bank and KD alike; others by their names"
-    assert distilled == ["self-distillation", "kd 1+1"], "of the students KD alone has the teacher in its loss"
+                      "kd 1+1": targets, "calibrated 1+1": targets, "pseudo 1+1": "teacher",
+                      "theseus 1+1": "data"}, "the bank and KD alike; others by their names"
+    assert distilled == ["self-distillation", "kd 1+1", "calibrated 1+1"], \
+        "of the students KD alone has the teacher in its loss, from either start"
     assert labelled == ["first-teacher", None], "what the first teacher writes is not what the second does"
     assert two_paths == {"bank": bool(paths)}, "--paths two is the bank's"
     assert rising == {"theseus 1+1": 0.3}, "Theseus alone, not calibrated, takes longer over the teacher's layers"
