@@ -825,14 +825,16 @@ def load_t5(path):
     aliases = ("shared.weight", *ALIASES) + ("lm_head.weight",) * config.tie_word_embeddings
     embedding = next((weights[name] for name in aliases if name in weights), None)
     head = weights.get("lm_head.weight", embedding)
+
+    def same(a, b):  # of whatever dtypes
+        return a is b or torch.equal(a.float(), b.float())
     for name in ("shared.weight", *ALIASES):
-        if name in weights and not torch.equal(weights[name].float(), embedding.float()):
+        if name in weights and not same(weights[name], embedding):
             raise ValueError(f"{folder}: tensor {name} is another one than its alias: this T5 has one embedding")
     if embedding is not None:
         weights["shared.weight"] = embedding
     # The file decides whether the head is a tensor of its own: the flag may say one thing and the file another.
-    config.tie_word_embeddings = embedding is None or head is embedding or torch.equal(
-        head.float(), embedding.float())
+    config.tie_word_embeddings = embedding is None or same(head, embedding)
     with torch.device("meta"):  # shapes only: the file's tensors become the parameters
         model = T5(config)
     used, state = set(), {}

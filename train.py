@@ -43,8 +43,8 @@ from modules import STACKS, Bank, default_granularities, load_bank, module_spans
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
 BASELINES = ("sft", "kd", "calibrated", "pseudo", "theseus")
-
 SPANNING = ("calibrated", "theseus")  # those whose layers are modules at first, of one granularity in each stack
+
 SHAPE = ("layers", "d_model", "dropout", "vocab")  # of a teacher from scratch
 
 # What differs between the toy run, a real one, and one from T5 weights. An option on the command line beats them all.
@@ -491,23 +491,22 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
     """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank. batches:
     {"data": Batches, "teacher": the same sources with the teacher's outputs as targets}; KD, "calibrated" too, learns
     what the bank does. valid: model -> its loss on the validation pairs."""
-    batches = batches[{"kd": args.targets, "calibrated": args.targets, "pseudo": "teacher"}.get(kind, "data")]
+    distilled = kind in ("kd", "calibrated")
+    batches = batches[args.targets if distilled else "teacher" if kind == "pseudo" else "data"]
     if kind in SPANNING:
         shape, n = dict(zip(STACKS, (encoder, decoder))), teacher.depths
-        paths = {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()}
         bank = Bank(teacher, {stack: [n[stack] // k] if k < n[stack] else [] for stack, k in shape.items()})
-    if kind == "theseus":
-        train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, rate_rise=0.3, name=name,
-                      **loop)  # its modules are not calibrated: they stand among the teacher's layers for longer
-        return assemble(teacher, bank, paths)
-    if kind == "calibrated":
-        calibrate_on(batches, teacher, bank)
-        student = assemble(teacher, bank, paths)
+        if kind == "calibrated":
+            calibrate_on(batches, teacher, bank)
+        else:
+            train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, rate_rise=0.3, name=name,
+                          **loop)  # its modules are not calibrated: they stand among the teacher's layers for longer
+        student = assemble(teacher, bank, {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()})
     else:
         student = shrink(teacher, encoder, decoder)
-    say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")
-    train_student(student, batches, args.steps, teacher if kind in ("kd", "calibrated") else None, lr=args.lr,
-                  name=name, **loop)
+    if kind != "theseus":
+        say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")
+        train_student(student, batches, args.steps, teacher if distilled else None, lr=args.lr, name=name, **loop)
     return student
 
 

@@ -64,8 +64,8 @@ VARIANTS = {
     "granularity 2 alone": {"settings": {"granularities": [2]}},
     "granularity 2 alone, its rows": {"settings": {"granularities": [2], "paths": None}, "its rows": True},
     "granularity 6 alone": {"settings": {"granularities": [6]}},
-    "granularities 2, 3, 6": {"settings": {"granularities": [2, 3, 6]}},
     "granularity 6 alone, its rows": {"settings": {"granularities": [6], "paths": None}, "its rows": True},
+    "granularities 2, 3, 6": {"settings": {"granularities": [2, 3, 6]}},
 }
 
 
@@ -130,15 +130,17 @@ class Study:
 
     def has(self, name):
         """Can this teacher have the modules of that ablation, and are they others than those it has anyway?"""
-        chosen = VARIANTS[name].get("settings", {}).get("granularities", [])
-        return not any(n % g for g in chosen for n in self.teacher.depths.values()) and any(
-            default_granularities(n) != chosen for n in self.teacher.depths.values())
+        chosen, depths = VARIANTS[name].get("settings", {}).get("granularities", []), self.teacher.depths.values()
+        return not any(n % g for g in chosen for n in depths) and any(self.granularities(n) != chosen for n in depths)
+
+    def granularities(self, n):
+        """Those of the run's bank in a stack of n layers."""
+        return self.args.granularities or default_granularities(n)
 
     def sizes(self):
         """(encoder, decoder) depths at 2x, 3x and 6x, those that the run's bank can make."""
         depths = self.teacher.depths.values()
-        possible = [possible_depths(n, module_spans(n, self.args.granularities or default_granularities(n)))
-                    for n in depths]
+        possible = [possible_depths(n, module_spans(n, self.granularities(n))) for n in depths]
         return [tuple(n // k for n in depths) for k in (2, 3, 6)
                 if all(n % k == 0 and n // k in found for n, found in zip(depths, possible))]
 
@@ -264,7 +266,7 @@ def little_data(study, seed):
                 if kind == "bank":
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
                     model = study.assembly(bank, e, d)
-                elif kind == "kd without dropout":  # what is that worth, which a bank has not?
+                elif kind == "kd without dropout":  # as a bank trains
                     model = shrink(study.teacher, e, d)
                     model.train = lambda mode=True, model=model: T5.train(model, False)
                     train_student(model, batches[study.args.targets], steps, study.teacher, lr=study.args.lr, name=name,
@@ -285,7 +287,7 @@ def ablation(study, name, seed):
     args = argparse.Namespace(**{**vars(study.args), **variant.get("settings", {})})
     options = dict(variant.get("options", {}))
     if "its rows" in variant:
-        usual = study.args.granularities or default_granularities(teacher.depths["decoder"])
+        usual = study.granularities(teacher.depths["decoder"])
         options["passes"] = 2 * (1 + sum(args.granularities)) / (1 + sum(usual))
     batches = study.train(seed, {args.targets})[args.targets]
     bank = new_bank(teacher, batches, args)

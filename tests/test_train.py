@@ -3,7 +3,6 @@
     pytest tests/test_train.py
 """
 import contextlib
-import copy
 import io
 import json
 import os
@@ -372,12 +371,17 @@ def test_frontier_by_hand():
                       ("326.0", "183.0", "start", "1"), ("314.0", "183.0", "end", "2")], "no label covers another"
 
 
+def teacher_and_batches(finished):
+    """That run's teacher, and its training pairs in batches."""
+    tokenizer = Tokenizer(finished)
+    pairs = encode_pairs(tokenizer, read_pairs(*train.read_json(finished / "args.json")["train"]), 12)[0]
+    return load_t5(finished / "teacher"), Batches(pairs, 512, tokenizer.pad_id, 0)
+
+
 @pytest.mark.parametrize("init", ("calibrated", "copy", "average"))
 def test_how_the_modules_start(finished, init):
     """As --init says, and calibrated on the first batches of what the bank will learn."""
-    teacher, tokenizer = load_t5(finished / "teacher"), Tokenizer(finished)
-    pairs = encode_pairs(tokenizer, read_pairs(*train.read_json(finished / "args.json")["train"]), 12)[0]
-    batches = Batches(pairs, 512, tokenizer.pad_id, 0)
+    teacher, batches = teacher_and_batches(finished)
     args = Namespace(granularities=[2, 6], init=init)
     bank = train.new_bank(teacher, batches, args)
     assert bank.spans == {stack: module_spans(6, [2, 6]) for stack in STACKS}
@@ -390,21 +394,18 @@ def test_how_the_modules_start(finished, init):
 
 
 def test_how_a_calibrated_student_starts(finished, monkeypatch):
-    """As the assembly of its shape does that a calibrated bank makes, but all of it trains, and with dropout."""
-    def at_the_start(student, *_, **__):
-        return states.append(copy.deepcopy(student.state_dict()))
-    states, teacher, tokenizer = [], load_t5(finished / "teacher"), Tokenizer(finished)
-    pairs = encode_pairs(tokenizer, read_pairs(*train.read_json(finished / "args.json")["train"]), 12)[0]
-    batches, args = Batches(pairs, 512, tokenizer.pad_id, 0), train.parse_args(["--resume", "--out", str(finished)])
-    monkeypatch.setattr(train, "train_student", at_the_start)
+    """As the assembly of its shape does that a calibrated bank makes."""
+    teacher, batches = teacher_and_batches(finished)
+    args = train.parse_args(["--resume", "--out", str(finished)])
+    monkeypatch.setattr(train, "train_student", lambda *_, **__: None)
+    bank = train.new_bank(teacher, batches, args)
     for encoder, decoder in ((3, 2), (6, 1)):
-        train.train_baseline("calibrated", encoder, decoder, teacher, {args.targets: batches}, args, "kd", {},
-                             lambda model: 0.0)
-        bank = train.new_bank(teacher, batches, args)
+        student = train.train_baseline("calibrated", encoder, decoder, teacher, {args.targets: batches}, args, "kd", {},
+                                       lambda model: 0.0).state_dict()
         expected = assemble(teacher, bank, train.even_paths(teacher, bank, encoder, decoder)).state_dict()
-        assert states[-1].keys() == expected.keys()
+        assert student.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert torch.equal(states[-1][name], tensor), f"{encoder}+{decoder}, {name}: the start is the bank's"
+            assert torch.equal(student[name], tensor), f"{encoder}+{decoder}, {name}: the start is the bank's"
 
 
 def test_calibration_out_of_memory_is_one_line(finished, monkeypatch):
