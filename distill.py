@@ -230,7 +230,7 @@ def calibrate(teacher, bank, batches, rounds=3, ridge=0.1):
 # ---- the two kinds of training
 
 def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_start=0.5, rate_rise=0.1, passes=2.0,
-                  frame_lr=0.25, two_paths=False, **loop):
+                  frame_lr=0.25, two_paths=False, dropout=False, **loop):
     """Module replacing: draw an encoder and a decoder path, run them, move the bank.
 
     Multi-grained: a step runs a path of each granularity g of the decoder, 1 (the teacher's own layers) to the largest.
@@ -243,8 +243,9 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     rows. A module sees as many, in fewer, larger steps, at the full rate: for a GPU, where a path costs by its layers,
     not by its rows (README, "Two paths").
     All paths run in the bank's frame, which trains with the modules under distillation. The teacher is frozen but lets
-    gradients through, and runs without dropout where its layers stand in a path; so do distilled modules: they see too
-    few rows for dropout to pay (README, "What did not work").
+    gradients through, and runs without dropout where its layers stand in a path.
+    dropout: in the modules and the frame, at the teacher's rate. Theseus has it; among the granularities of a bank a
+    module sees too few rows for it to pay (README, "What did not work").
     Modules that see a share s of the rows learn at sqrt(s) of the rate, as Adam's steps on smaller batches should
     (https://arxiv.org/abs/2205.10287); the frame at the share frame_lr of it: where it goes all modules have to follow,
     those too that were nearly the teacher's equals. **loop goes to `fit`. Raises ValueError for two_paths with passes
@@ -253,7 +254,7 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
         raise ValueError(f"passes is {passes}: two_paths needs at least 1")
     teacher.eval().requires_grad_(False)
     distilling = bool(set(weights) - set(CE_ONLY))
-    bank.train(not distilling)
+    bank.train(dropout)
     bank.frame.requires_grad_(distilling)  # Theseus freezes what is no module
     grains = {stack: by_granularity(bank.spans[stack]) for stack in STACKS}
     for stack in STACKS:
@@ -301,15 +302,15 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
     bank.eval()
 
 
-def train_student(student, batches, steps, teacher=None, weights=None, **loop):
-    """Train all of a plain T5, with dropout. With a teacher: distillation, the student's layers spread evenly over the
+def train_student(student, batches, steps, teacher=None, weights=None, dropout=True, **loop):
+    """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the
     teacher's, or one for one where it distills itself. Without: shrink-and-fine-tune, pseudo-labels, or the teacher.
-    weights: by default WEIGHTS with a teacher, else CE_ONLY. **loop goes to `fit`. Raises ValueError for other terms
-    without a teacher, and for a student that is deeper than it."""
+    weights: by default WEIGHTS with a teacher, else CE_ONLY. dropout: at the student's own rate, or none. **loop goes
+    to `fit`. Raises ValueError for other terms without a teacher, and for a student that is deeper than it."""
     weights = weights or (WEIGHTS if teacher is not None else CE_ONLY)
     if teacher is None and set(weights) - set(CE_ONLY):
         raise ValueError(f"{', '.join(sorted(set(weights) - set(CE_ONLY)))}: a loss that needs a teacher")
-    student.train().requires_grad_(True)
+    student.train(dropout).requires_grad_(True)
     paths = None
     if teacher is not None:
         teacher.eval().requires_grad_(False)

@@ -111,6 +111,8 @@ def parse_args(argv):
                    help="how a module starts: by default a copy of a layer of its span, fitted to the span in closed "
                    "form; the copy alone; the mean of the span's layers")
     p.add_argument("--baselines", help='static students, such as "sft:6+6,kd:2+2"; of ' + ", ".join(BASELINES))
+    p.add_argument("--baseline-dropout", choices=["on", "off"], help="of static students: on by default, at the "
+                   "teacher's rate; a bank trains without")
     args = p.parse_args(argv)
     if args.resume:
         given = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN and value is not None}
@@ -491,7 +493,7 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
     """One static student of encoder+decoder layers for comparison, trained for as many steps as the bank. batches:
     {"data": Batches, "teacher": the same sources with the teacher's outputs as targets}; KD, "calibrated" too, learns
     what the bank does. valid: model -> its loss on the validation pairs."""
-    distilled = kind in ("kd", "calibrated")
+    distilled, dropout = kind in ("kd", "calibrated"), args.baseline_dropout != "off"
     batches = batches[args.targets if distilled else "teacher" if kind == "pseudo" else "data"]
     if kind in SPANNING:
         shape, n = dict(zip(STACKS, (encoder, decoder))), teacher.depths
@@ -499,14 +501,16 @@ def train_baseline(kind, encoder, decoder, teacher, batches, args, name, loop, v
         if kind == "calibrated":
             calibrate_on(batches, teacher, bank)
         else:
+            # Its modules are not calibrated: they stand among the teacher's layers for longer.
             train_modules(teacher, bank, batches, args.steps, lr=args.lr, weights=CE_ONLY, rate_rise=0.3, name=name,
-                          **loop)  # its modules are not calibrated: they stand among the teacher's layers for longer
+                          dropout=dropout, **loop)
         student = assemble(teacher, bank, {stack: path_of([n[stack] // k] * k) for stack, k in shape.items()})
     else:
         student = shrink(teacher, encoder, decoder)
     if kind != "theseus":
         say(f"{name}: {args.steps} steps; cross-entropy on the validation pairs before them: {valid(student):.3f}")
-        train_student(student, batches, args.steps, teacher if distilled else None, lr=args.lr, name=name, **loop)
+        train_student(student, batches, args.steps, teacher if distilled else None, lr=args.lr, name=name,
+                      dropout=dropout, **loop)
     return student
 
 

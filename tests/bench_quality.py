@@ -31,10 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assemble import assemble, divergences, even_paths, export, parameters, possible_depths, speedup
 from data import Batches, Tokenizer, encode_pairs
-from distill import (CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, shrink, train_modules, train_student,
-                     validation_loss)
-from model import T5, Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
-from modules import STACKS, Bank, default_granularities, load_bank, module_spans, save_bank, with_layers
+from distill import CE_ONLY, WEIGHTS, cross_entropy, fit, shift_right, train_modules, train_student, validation_loss
+from model import Parser, command_line, load_t5, new_file, read_json, save_t5, write_json
+from modules import STACKS, default_granularities, load_bank, module_spans, save_bank, with_layers
 from train import (BASELINES, METRICS, PSEUDO_BEAMS, ended, frontier, keep_heap, new_bank, parse_args, parse_baselines,
                    read_data, relabel, study_shapes, train_baseline, translate)
 
@@ -58,7 +57,7 @@ VARIANTS = {
     "no attention loss": {"options": {"weights": without("attention")}},
     "a quarter of the logit distillation": {"options": {"weights": {**WEIGHTS, "logits": 0.25}}},
     "no logit distillation": {"options": {"weights": without("logits")}},
-    "dropout": {"dropout": True},
+    "dropout": {"options": {"dropout": True}},
     "the frame at the full rate": {"options": {"frame_lr": 1.0}},
     "two paths a step": {"settings": {"paths": "two"}},
     "granularity 2 alone": {"settings": {"granularities": [2]}},
@@ -182,11 +181,11 @@ class Study:
             save_bank(bank, file)
         return load_bank(file, self.teacher).to(self.args.device).eval()
 
-    def student(self, kind, encoder, decoder, name, batches, seed):
-        """The static student of that name, trained if it is not there."""
-        folder = self.folder / name
+    def student(self, kind, encoder, decoder, name, batches, seed, **settings):
+        """The static student of that name, trained, with other settings than the run's, if it is not there."""
+        folder, args = self.folder / name, argparse.Namespace(**{**vars(self.args), **settings})
         if not folder.exists():
-            model = train_baseline(kind, encoder, decoder, self.teacher, batches, self.args, name,
+            model = train_baseline(kind, encoder, decoder, self.teacher, batches, args, name,
                                    self.loop(name, seed), lambda model: self.score(model, "valid", False)["loss"])
             export(model, self.args.out / "spiece.model", folder)
         return load_t5(folder).to(self.args.device)
@@ -267,10 +266,7 @@ def little_data(study, seed):
                     bank = study.bank(f"bank-{k}-{steps}-{seed}", batches, seed)
                     model = study.assembly(bank, e, d)
                 elif kind == "kd without dropout":  # as a bank trains
-                    model = shrink(study.teacher, e, d)
-                    model.train = lambda mode=True, model=model: T5.train(model, False)
-                    train_student(model, batches[study.args.targets], steps, study.teacher, lr=study.args.lr, name=name,
-                                  **study.loop(name, seed))
+                    model = study.student("kd", e, d, name, batches, seed, baseline_dropout="off")
                 else:
                     model = study.student(kind, e, d, name, batches, seed)
                 return {**study.score(model, "test"), "valid": study.score(model, "valid")}
@@ -291,12 +287,9 @@ def ablation(study, name, seed):
         options["passes"] = 2 * (1 + sum(args.granularities)) / (1 + sum(usual))
     batches = study.train(seed, {args.targets})[args.targets]
     bank = new_bank(teacher, batches, args)
-    if "dropout" in variant:
-        bank.train = lambda mode: Bank.train(bank, True)
     started = time.time()
     train_modules(teacher, bank, batches, args.steps, lr=args.lr, name=f"{name} {seed}",
                   two_paths=args.paths == "two", **study.loop(f"{name}-{study.args.steps}", seed), **options)
-    Bank.train(bank, False)
     scores, n = {"seconds": time.time() - started}, teacher.depths
     for e, d in study_shapes(teacher, bank):
         model = study.assembly(bank, e, d)

@@ -669,7 +669,7 @@ def test_a_step_whose_encoder_paths_had_no_choice_logs_no_rate():
     assert {str(record["rate_encoder"]) for record in seen} == {"1.0", "nan"}, "at rate 1 never 0: there was no draw"
 
 
-def test_module_replacing_with_distillation_runs_without_dropout():
+def test_module_replacing_runs_without_dropout():
     records = {}
     for rate in (0.0, 1.0):
         for seed in range(8):
@@ -688,16 +688,17 @@ def test_module_replacing_with_distillation_runs_without_dropout():
         "distilled modules train without dropout: few paths and rows can be drawn, so two of 8 seeds have one loss"
 
 
-def test_theseus_has_dropout():
-    """Where no teacher is matched: of one batch and one path, another seed gives another loss."""
+@pytest.mark.parametrize("dropout", (True, False))
+def test_theseus_may_have_dropout(dropout):
+    """Of one batch and one path: with dropout another seed gives another loss."""
     losses = []
     for seed in (0, 1):
         teacher, records = tiny(dropout_rate=0.3), []
         bank = mod.Bank(teacher, {"encoder": [2], "decoder": [2]})
         d.train_modules(teacher, bank, [(SOURCE, TARGET)], 1, lr=1e-3, seed=seed, weights=d.CE_ONLY, rate_start=1.0,
-                        log=records.append)
+                        dropout=dropout, log=records.append)
         losses.append(records[0]["ce"])
-    assert losses[0] != losses[1], "without a teacher there is dropout"
+    assert (losses[0] != losses[1]) is dropout, "dropout where it is asked for, and nowhere else"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
@@ -952,15 +953,17 @@ def test_kd_moves_the_student_alone():
     assert not student.training, "a trained student comes back ready to use"
 
 
+@pytest.mark.parametrize("options", ({}, {"dropout": False}), ids=("by default", "without"))
 @pytest.mark.parametrize("distilled", (False, True))
-def test_students_train_with_dropout(distilled):
+def test_students_train_with_dropout(distilled, options):
     teacher, losses = tiny(dropout_rate=0.3), []
     for seed in (0, 1):
         records = []
         d.train_student(tiny(1, 1, seed=5, dropout_rate=0.3), [(SOURCE, TARGET)], 1, teacher if distilled else None,
-                        lr=0.0, seed=seed, log=records.append)
+                        lr=0.0, seed=seed, log=records.append, **options)
         losses.append(records[0]["ce"])
-    assert losses[0] != losses[1], "a student trains with dropout, distilled or not: another seed, another loss"
+    assert (losses[0] != losses[1]) is (not options), \
+        "a student trains with dropout, distilled or not, unless told otherwise: another seed, another loss"
 
 
 def test_training_lowers_the_loss():

@@ -537,9 +537,10 @@ def test_pseudo_labels_by_hand(tmp_path, monkeypatch):
         train.relabel(teacher, train.Batches(pairs, 10, 0, seed=5), args)
 
 
-@pytest.mark.parametrize("targets, paths", (("data", []), ("teacher", ["--paths", "two"])))
-def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets, paths):
-    learnt, distilled, rising, two_paths, labelled, how = {}, [], {}, {}, [], {}
+@pytest.mark.parametrize("targets, more", (
+    ("data", []), ("teacher", ["--paths", "two", "--baseline-dropout", "off"])), ids=("by default", "otherwise"))
+def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets, more):
+    learnt, distilled, rising, two_paths, dropout, labelled, how = {}, [], {}, {}, {}, [], {}
 
     def training(*args, name, **options):
         at = next(i for i, arg in enumerate(args) if isinstance(arg, train.Batches))
@@ -547,6 +548,7 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets, p
         learnt[name] = "teacher" if batches.examples[0][1] == [7, 1] else "data"
         rising.update({name: options["rate_rise"]} if "rate_rise" in options else {})
         two_paths.update({name: options["two_paths"]} if "two_paths" in options else {})
+        dropout.update({name: options["dropout"]} if "dropout" in options else {})
 
     def student(model, batches, steps, teacher=None, **options):
         training(batches, steps, **options)
@@ -559,7 +561,7 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets, p
     monkeypatch.setattr(train, "train_student", student)
     monkeypatch.setattr(train, "train_modules", training)
     train.main([*data_args(files), *SMALL, "--layers", "2", "--out", str(tmp_path / "run"), "--targets", targets,
-                "--baselines", "sft:1+1,kd:1+1,calibrated:1+1,pseudo:1+1,theseus:1+1", "--seed", "3", *paths])
+                "--baselines", "sft:1+1,kd:1+1,calibrated:1+1,pseudo:1+1,theseus:1+1", "--seed", "3", *more])
     others = dict.fromkeys(list(learnt)[2:], (4, 2e-2, 3))
     assert how == {"teacher": (5, 3e-2, 3), "self-distillation": (3, 2e-2, 3), **others}, \
         "--teacher-steps at --teacher-lr; --self-distill-steps, then --steps, at --lr; all of --seed"
@@ -569,7 +571,9 @@ def test_what_each_kind_learns_to_write(files, tmp_path, monkeypatch, targets, p
     assert distilled == ["self-distillation", "kd 1+1", "calibrated 1+1"], \
         "of the students KD alone has the teacher in its loss, from either start"
     assert labelled == ["first-teacher", None], "what the first teacher writes is not what the second does"
-    assert two_paths == {"bank": bool(paths)}, "--paths two is the bank's"
+    assert two_paths == {"bank": bool(more)}, "--paths two is the bank's"
+    assert dropout == dict.fromkeys((f"{kind} 1+1" for kind in train.BASELINES), not more), \
+        "--baseline-dropout is that of all static students, and of nothing else"
     assert rising == {"theseus 1+1": 0.3}, "Theseus alone, not calibrated, takes longer over the teacher's layers"
 
 
