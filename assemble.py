@@ -110,7 +110,7 @@ def even_paths(teacher, bank, encoder, decoder):
             for stack, depth in zip(STACKS, (encoder, decoder))}
 
 
-def choose(bank, teacher, ratio, strategy):
+def choose(teacher, bank, ratio, strategy):
     """The assembly of a ratio under a strategy. Raises as `choose_depths`."""
     possible = (possible_depths(teacher.depths[stack], bank.spans[stack]) for stack in STACKS)
     return even_paths(teacher, bank, *choose_depths(ratio, strategy, *possible))
@@ -385,9 +385,9 @@ def main(argv):
     elif args.list or args.strategy == "search":
         paths = search_budget(args, teacher, bank, source)
     elif args.ratio is not None:
-        paths = choose(bank, teacher, args.ratio, args.strategy)
+        paths = choose(teacher, bank, args.ratio, args.strategy)
     else:
-        paths = choose_speedup(bank, teacher, args.speedup, args.strategy, source)
+        paths = choose_speedup(teacher, bank, args.speedup, args.strategy, source)
     if args.list:
         return
     model = assemble(teacher, bank, paths)
@@ -511,15 +511,13 @@ def print_frontier(teacher, bank, damage, speed):
     print("\n".join(rows[::-1]))
 
 
-def choose_speedup(bank, teacher, wanted, strategy, source):
+def choose_speedup(teacher, bank, wanted, strategy, source):
     """The assembly with the most layers, under a strategy, whose measured speed-up on `source` reaches `wanted`.
     Raises ValueError, naming the largest that was reached, when none does."""
-    n = teacher.depths
-    pairs = [possible_depths(n[stack], bank.spans[stack]) for stack in STACKS]
-    totals = sorted({e + d for e in pairs[0] for d in pairs[1]}, reverse=True)
+    encoder, decoder = (possible_depths(n, bank.spans[stack]) for stack, n in teacher.depths.items())
     reached = 0.0
-    for total in totals:
-        paths = choose(bank, teacher, sum(n.values()) / total, strategy)
+    for total in sorted({e + d for e in encoder for d in decoder}, reverse=True):
+        paths = choose(teacher, bank, sum(teacher.depths.values()) / total, strategy)
         got = speedup(teacher, assemble(teacher, bank, paths), source)
         if got >= wanted:
             return paths

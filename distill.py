@@ -126,9 +126,9 @@ def some_rows(outputs, rows, real, paths):
     for stack in STACKS:
         hidden, states, probs = outputs[stack]
         ends = {stop - 1 for _, stop in paths[stack]}
-        few[stack] = StackOutput(hidden[rows], [states[i][rows] if i in ends else None for i in range(len(states))],
-                                 [[p if p is None else p[rows] for p in probs[i]] if i in ends else None
-                                  for i in range(len(probs))])
+        few[stack] = StackOutput(
+            hidden[rows], [state[rows] if i in ends else None for i, state in enumerate(states)],
+            [[p if p is None else p[rows] for p in layer] if i in ends else None for i, layer in enumerate(probs)])
     return {**few, "log_probs": outputs["log_probs"][tokens[real]]}
 
 
@@ -421,8 +421,8 @@ def fit(trained, step_loss, batches, steps, *, weights, lr, seed=0, lr_factors={
         torch.manual_seed((seed * 1_000_003 + step) * world + rank)  # dropout
         source, target = (ids[rank::world].to(device, non_blocking=True) for ids in batches[step])
         B, S, T = *source.shape, target.size(1)
-        with memory_for(f"{name}, step {step}: {B} x {S} source and {B} x {T} target tokens: lower --batch-tokens or "
-                        f"--max-length"):
+        with memory_for(f"{name}, step {step}: {B} x {S} source and {B} x {T} target tokens: lower --batch-tokens, or "
+                        f"begin anew with a lower --max-length"):
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 terms, facts = step_loss(step, source, target)
             loss = sum(weights[term] * value for term, value in terms.items())

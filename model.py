@@ -339,11 +339,11 @@ class StackOutput(NamedTuple):
 
 class LayerCache:
     """Keys and values of one decoder layer: its own, put in step by step, of `beams` rows for each of the memory's,
-    and the memory's, computed once."""
+    and the memory's, computed once. memory (B, S, d_model); max_length: positions to make room for."""
     def __init__(self, layer, memory, max_length, beams):
         self.cross = layer.cross_attention.keys_values(memory)
         B, H, _, d_kv = self.cross[0].shape
-        self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)  # not empty: `advance`
+        self.keys = self.cross[0].new_zeros(B * beams, H, max_length, d_kv)  # 0, not NaN: `advance`
         self.values = torch.zeros_like(self.keys)
 
     def append(self, keys, values, positions, visible):
@@ -357,7 +357,7 @@ class LayerCache:
 class Cache:
     """What decoding one more position needs of the earlier ones and of the memory: each layer's keys and values, and
     the memory's bias, which stays the same. There are `length` positions by now; `positions` (1,) is the last of them,
-    the present one, on the device."""
+    the present one, on the device. memory (B, S, d_model), memory_mask (B, S), True where a token is."""
     def __init__(self, model, memory, memory_mask, max_length, beams=1):
         self.layers = [LayerCache(layer, memory, max_length, beams) for layer in model.decoder.layers]
         self.beams, self.max_length = beams, max_length
@@ -546,6 +546,8 @@ class T5(nn.Module):
         return cache.replay(run, token) if token.is_cuda else run(token)
 
     def _greedy(self, memory, mask, n):
+        """The likeliest token at every position. memory (B, S, d_model), mask (B, S), True where a token is -> (B, n)
+        ids, pad after eos."""
         c, cache = self.config, Cache(self, memory, mask, n)
         rows = torch.arange(memory.size(0), device=memory.device)  # the sentences in the batch
         running = torch.ones_like(rows, dtype=torch.bool)          # those that have not ended
@@ -564,11 +566,11 @@ class T5(nn.Module):
         return output
 
     def _beam_search(self, memory, mask, n, K, length_penalty):
-        """Keep the K best prefixes. A sum of log probabilities is compared with finished ones only after division by
-        length ** length_penalty, the length counting eos. 2K candidates are drawn, as K of them may end; only those
-        among the best K count as finished. A sentence is done when its best prefix, at the present length, cannot
-        beat its worst finished hypothesis (`early_stopping=False`), or when n tokens are reached; it stays as it is
-        then, until the cache finds it worth to leave the batch."""
+        """As `_greedy`, but keep the K best prefixes. A sum of log probabilities is compared with finished ones only
+        after division by length ** length_penalty, the length counting eos. 2K candidates are drawn, as K of them may
+        end; only those among the best K count as finished. A sentence is done when its best prefix, at the present
+        length, cannot beat its worst finished hypothesis (`early_stopping=False`), or when n tokens are reached; it
+        stays as it is then, until the cache finds it worth to leave the batch."""
         c, B, low = self.config, memory.size(0), -1e9
         cache = Cache(self, memory, mask, n, K)
         rows = torch.arange(B, device=memory.device)
@@ -956,7 +958,13 @@ def command_line(run):
             sys.stdout.reconfigure(encoding="utf-8")
         try:
             run(argv)
+            print(end="", flush=True)  # what fails here would fail as Python ends, which catches nothing
         except BaseException as error:
+            try:
+                print(end="", flush=True)
+            except OSError:  # the output is gone: nor shall Python try again as it ends
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 1)
             cause = error
             while cause and not isinstance(cause, KeyboardInterrupt):  # a library may have made another error of it
                 cause = cause.__context__
@@ -964,8 +972,6 @@ def command_line(run):
                 print("interrupted", file=sys.stderr)
                 return 130
             if isinstance(error, BrokenPipeError):
-                with open(os.devnull, "wb") as nowhere:
-                    os.dup2(nowhere.fileno(), 1)  # for what Python flushes at the end
                 return 141
             users = (ValueError, OSError, FloatingPointError, MemoryError)
             if sys.flags.dev_mode or not (isinstance(error, users) or out_of_memory(error)):

@@ -37,8 +37,8 @@ from data import (Batches, Tokenizer, bleu, encode_pairs, exact_match, pad, read
                   train_tokenizer)
 from distill import (CE_ONLY, calibrate, load_checkpoint, pick_dtype, processes, shrink, train_modules, train_student,
                      validation_loss)
-from model import (T5, Parser, T5Config, check_ids, command_line, find_t5, load_t5, memory_for, naming, new_file,
-                   quick_products, read_json, write_json)
+from model import (T5, Parser, T5Config, check_ids, checkpoint_name, command_line, find_t5, load_t5, memory_for, naming,
+                   new_file, quick_products, read_json, write_json)
 from modules import STACKS, Bank, default_granularities, load_bank, module_spans, path_of, save_bank
 
 METRICS = {"bleu": bleu, "rougeL": lambda h, r: rouge(h, r)["rougeL"], "exact": exact_match}
@@ -62,7 +62,7 @@ FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning
                  **dict.fromkeys(SHAPE))          # it brings its own
 ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # what does not differ
 NOT_OF_THE_RUN = ("out", "resume", "device")  # each command line has its own
-CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: what an error line may ask to lower
+CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: a training step's memory, and how far it goes
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
 PORTION = 4096  # so many of the teacher's outputs are made, and written, at a time
@@ -128,6 +128,8 @@ def parse_args(argv):
     given = [name for name in ("train", "valid", "test") if getattr(args, name)]
     if len(given) not in (0, 3):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
+    if args.teacher == "":
+        raise ValueError("--teacher: empty: give a folder or a name, or leave it out")
     if args.teacher and not given:
         raise ValueError("--teacher needs --train, --valid and --test: the toy task has its own teacher")
     if args.prefix and not given:
@@ -168,7 +170,7 @@ def read_settings(file, parser):
         elif value is not None:
             words.append(f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}")
     try:
-        settings = vars(parser.parse_args(words))
+        settings = vars(parser.parse_args([*words, "--device=cpu"]))  # a device is not the run's: try no GPU for it
         check_numbers(settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
@@ -393,6 +395,9 @@ def start_run(args, pairs):
     elif args.teacher:
         folder = find_t5(args.teacher)
         teacher, tokenizer = load_t5(folder), Tokenizer(folder)
+        for name, parameter in teacher.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"{folder}: tensor {checkpoint_name(name)} does not hold finite numbers")
         c = teacher.config
         if len(tokenizer.pieces) > c.vocab_size:
             raise ValueError(f"{folder}: spiece.model has {len(tokenizer.pieces)} pieces, the embedding "
@@ -485,7 +490,7 @@ def new_bank(teacher, batches, args):
 def calibrate_on(batches, teacher, bank):
     """`calibrate` the bank on the first CALIBRATION batches. Raises MemoryError that says what to lower."""
     say(f"calibration: modules are fitted to the teacher's states on {CALIBRATION} batches")
-    with memory_for("calibration: lower --batch-tokens or --max-length"):
+    with memory_for("calibration: lower --batch-tokens, or begin anew with a lower --max-length"):
         calibrate(teacher, bank, [batches[k] for k in range(CALIBRATION)])
 
 
@@ -548,17 +553,26 @@ def ended(ids, eos, max_length):
 
 @quick_products()
 def translate(model, sources, num_beams, args, name):
-    """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding."""
+    """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding, and of half as many
+    sentences where the memory is too small: outputs do not depend on their batch. Raises MemoryError if one is."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    outputs, size = [None] * len(order), 64
-    for i in tqdm(range(0, len(order), size), desc=name, leave=False, disable=processes()[0] > 0 or None):
-        rows = order[i:i + size]
-        ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
-        with memory_for(f"{name}: {num_beams} beams for {len(rows)} sentences of {ids.size(1)} tokens: lower "
-                        f"--max-length"):
-            generated = model.generate(ids, args.max_length, num_beams).tolist()
-        for row, output in zip(rows, generated):
-            outputs[row] = [token for token in output if token != model.config.pad_token_id]
+    outputs, size, done = [None] * len(order), 64, 0
+    with tqdm(total=len(order), desc=name, leave=False, disable=processes()[0] > 0 or None) as bar:
+        while rows := order[done:done + size]:
+            ids = pad([sources[row] for row in rows], model.config.pad_token_id).to(args.device)
+            try:
+                with memory_for(f"{name}: {num_beams} beams for a sentence of {ids.size(1)} tokens: begin anew with a "
+                                f"lower --max-length"):
+                    generated = model.generate(ids, args.max_length, num_beams).tolist()
+            except MemoryError:
+                if len(rows) == 1:
+                    raise
+                size = len(rows) // 2
+                continue
+            for row, output in zip(rows, generated):
+                outputs[row] = [token for token in output if token != model.config.pad_token_id]
+            done += len(rows)
+            bar.update(len(rows))
     return outputs
 
 
@@ -571,7 +585,7 @@ def study_shapes(teacher, bank):
     shapes = []
     for ratio in (1.1, 1.33, 1.5, 2, 2.4, 3, 4, 6):
         try:
-            paths = choose(bank, teacher, ratio, "size-first")
+            paths = choose(teacher, bank, ratio, "size-first")
             shapes.append((len(paths["encoder"]), len(paths["decoder"])))
         except ValueError:
             pass  # no assembly of this bank comes near this ratio
@@ -586,7 +600,7 @@ def show_sample(teacher, bank, tokenizer, pair, args):
     models = {"teacher": teacher}
     for ratio in (2, 6):
         try:
-            models[f"{ratio}x"] = assemble(teacher, bank, choose(bank, teacher, ratio, "size-first"))
+            models[f"{ratio}x"] = assemble(teacher, bank, choose(teacher, bank, ratio, "size-first"))
         except ValueError:
             pass  # no assembly of this bank comes near this ratio
     source = torch.tensor([encode_pairs(tokenizer, [pair], args.max_length)[0][0][0]], device=args.device)
@@ -604,7 +618,8 @@ class Scorer:
         self.file, self.rows = args.out / "results.json", {}
         if self.file.exists():
             self.rows = read_json(self.file).get("rows")
-            if not isinstance(self.rows, dict):
+            if not (isinstance(self.rows, dict) and all(isinstance(row, dict) and args.metric in row
+                                                        for row in self.rows.values())):
                 raise ValueError(f"{self.file}: holds no scores: remove it to score anew")
         test, cut = encode_pairs(tokenizer, self.pairs, args.max_length)
         valid, cut_valid = encode_pairs(tokenizer, pairs["valid"], args.max_length)
@@ -637,7 +652,7 @@ class Scorer:
                                             [target for _, target in self.pairs])
         layers, full = [list(m.depths.values()) for m in (model, self.teacher)]
         source = torch.tensor([self.sources[len(self.sources) // 2]], device=self.args.device)
-        base = self.rows["teacher"][self.args.metric] if self.rows else quality
+        base = quality if name == "teacher" else self.rows["teacher"][self.args.metric]
         self.rows[name] = {"encoder": layers[0], "decoder": layers[1], "ratio": sum(full) / sum(layers),
                            "parameters": parameters(model), "speedup": speedup(self.teacher, model, source),
                            "valid_loss": self.valid(model), self.args.metric: quality,

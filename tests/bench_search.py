@@ -107,7 +107,7 @@ def main(argv):
     for strategy in STRATEGIES:
         for ratio in (1.2, 1.5, 2, 3, 4):
             try:
-                rule = choose(bank, teacher, ratio, strategy)
+                rule = choose(teacher, bank, ratio, strategy)
             except ValueError:  # no assembly of this bank comes near this ratio
                 continue
             start = time.perf_counter()

@@ -171,18 +171,18 @@ def test_choose_gives_paths_that_assemble(strategy, encoder, decoder):
     bank = make_bank(teacher)
     for total in range(encoder + decoder, 3, -1):
         ratio = (encoder + decoder) / total
-        paths = a.choose(bank, teacher, ratio, strategy)
+        paths = a.choose(teacher, bank, ratio, strategy)
         assert_tiles(paths["encoder"], encoder)
         assert_tiles(paths["decoder"], decoder)
         assert sum(map(len, paths.values())) == total, f"{ratio:.2f}x of {encoder}+{decoder} means {total} layers"
         a.assemble(teacher, bank, paths)
-    least = a.choose(bank, teacher, (encoder + decoder) / 6, "speed-first")
+    least = a.choose(teacher, bank, (encoder + decoder) / 6, "speed-first")
     assert len(least["decoder"]) < len(least["encoder"]), "speed-first takes the decoder's layers"
 
 
 def test_choose_takes_each_stacks_own_modules():
     teacher = tiny(4, 6)
-    paths = a.choose(make_bank(teacher, {"encoder": [4], "decoder": [2]}), teacher, 2.5, "size-first")
+    paths = a.choose(teacher, make_bank(teacher, {"encoder": [4], "decoder": [2]}), 2.5, "size-first")
     assert paths == {"encoder": [(0, 4)], "decoder": [(0, 2), (2, 4), (4, 6)]}, "encoder and decoder must not mix"
 
 
@@ -357,7 +357,7 @@ def test_choose_speedup_takes_the_largest(monkeypatch, strategy, wanted, shape):
     monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 10 / (len(model.encoder.layers)
                                                                           + len(model.decoder.layers)))
     teacher = tiny()
-    paths = a.choose_speedup(make_bank(teacher), teacher, wanted, strategy, None)
+    paths = a.choose_speedup(teacher, make_bank(teacher), wanted, strategy, None)
     assert (len(paths["encoder"]), len(paths["decoder"])) == shape, \
         f"the most layers that are {wanted}x as fast, when the time is the number of layers: {shape}"
 
@@ -366,7 +366,7 @@ def test_choose_speedup_names_the_fastest(monkeypatch):
     monkeypatch.setattr(a, "speedup", lambda teacher, model, source: 1 / sum(model.depths.values()))  # slower than it
     teacher = tiny()
     with pytest.raises(ValueError, match="--speedup 9: no size-first .* 0.50"):
-        a.choose_speedup(make_bank(teacher), teacher, 9.0, "size-first", None)
+        a.choose_speedup(teacher, make_bank(teacher), 9.0, "size-first", None)
 
 
 # ----------------------------------------------------------------------------- searching

@@ -1524,6 +1524,34 @@ def test_a_reader_may_go_away(text_folder):
     run.stderr.close()
 
 
+@pytest.mark.parametrize("error, status, line", (
+    (BrokenPipeError("gone"), 141, ""), (OSError("No space left"), 2, "test_model.py: No space left\n")))
+@pytest.mark.parametrize("fault", (None, ValueError("wrong")))
+def test_output_that_comes_out_with_the_end(monkeypatch, capsys, error, status, line, fault):
+    """A short output stays in Python's buffer until then, if it goes to a file or a pipe."""
+    class Gone(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, _):
+            raise error
+
+    def run(_):
+        print("one line")
+        if fault:
+            raise fault
+    nowhere = []
+    monkeypatch.setattr(m.os, "dup2", lambda _, descriptor: nowhere.append(descriptor))
+    out = io.TextIOWrapper(io.BufferedWriter(Gone()))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert m.command_line(run)([]) == (2 if fault else status)
+    assert nowhere == [1], "nor shall Python's own end try again to write what is left"
+    assert capsys.readouterr().err == ("test_model.py: wrong\n" if fault else line), "one line, of the first error"
+    with pytest.raises(type(error)):
+        out.close()
+
+
 def test_command_line_names_the_bad_file(folder):
     (folder / "model.safetensors").write_bytes(b"x")
     run = subprocess.run([sys.executable, str(ROOT / "model.py"), str(folder), "text"], capture_output=True, text=True,

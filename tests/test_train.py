@@ -118,6 +118,7 @@ def test_settings_by_default(options, settings):
 
 @pytest.mark.parametrize("options, words", (
     (["--teacher", "t5-small"], "--teacher needs --train, --valid and --test"),
+    ([*FILES, "--teacher", ""], "--teacher: empty"),
     ([*FILES, "--teacher", "t5-small", "--d-model", "64"], "--d-model: of a teacher from scratch; --teacher brings"),
     ([*FILES, "--teacher", "t5-small", "--dropout", "0"], "--dropout: of a teacher from scratch"),
     (["--prefix", "translate: "], "--prefix needs --train, --valid and --test"),
@@ -201,6 +202,20 @@ def test_a_teacher_with_more_pieces_than_words_is_refused(tmp_path):
         train.start_run(args, {**PAIRS, "valid": [("one <extra_id_0> sheep", "one")]})
     assert not (tmp_path / "run").exists(), "nothing half-written"
     assert train.start_run(args, PAIRS)[1].model_bytes == tokenizer.model_bytes, "as many pieces as rows is fine"
+
+
+@pytest.mark.parametrize("value", (float("inf"), float("nan")))
+@pytest.mark.parametrize("name", ("shared.weight", "decoder.block.1.layer.2.DenseReluDense.wo.weight"))
+def test_a_teacher_that_is_not_finite_is_refused(tmp_path, name, value):
+    shutil.copytree(FIXTURES / "t5_tied", tmp_path / "t5")
+    weights = read_safetensors(tmp_path / "t5" / "model.safetensors")
+    weights[name][1, 2] = value
+    write_safetensors(weights, tmp_path / "t5" / "model.safetensors")
+    train.train_tokenizer((text for pair in toy_corpus(200, 0) for text in pair), tmp_path / "t5" / "spiece.model", 99)
+    args = train.parse_args([*FILES, "--teacher", str(tmp_path / "t5"), "--out", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=f"t5: tensor {name} does not hold finite numbers"):
+        train.start_run(args, PAIRS)
+    assert not (tmp_path / "run").exists(), "nothing half-written"
 
 
 @pytest.mark.parametrize("name, value", (("pad_token_id", 3), ("eos_token_id", 2)))
@@ -412,7 +427,7 @@ def test_calibration_out_of_memory_is_one_line(finished, monkeypatch):
     def calibrate(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(train, "calibrate", calibrate)
-    with pytest.raises(MemoryError, match="calibration: lower --batch-tokens or --max-length"):
+    with pytest.raises(MemoryError, match="calibration: lower --batch-tokens, or begin anew with a lower --max-"):
         train.new_bank(load_t5(finished / "teacher"), [None] * train.CALIBRATION,
                        Namespace(granularities=[2, 6], init="calibrated"))
 
@@ -490,16 +505,25 @@ def test_a_run_makes_a_model_elsewhere(finished, tmp_path, capsys, monkeypatch):
     assert f"ratio       {12 / layers:.2f}x\n" in out, "the ratio printed is that of the model written"
 
 
-def test_outputs_are_in_order_and_without_padding(monkeypatch):
+@pytest.mark.parametrize("most", (70, 20, 1))
+def test_outputs_are_in_order_and_without_padding(monkeypatch, most):
+    """Also where the memory is enough for no more than so many sentences."""
     torch.manual_seed(0)
-    generate, copies = train.T5.generate, []
-    monkeypatch.setattr(train.T5, "generate", lambda *args: copies.append(getattr(QUICK, "copies", None)) or
-                        generate(*args))
+    generate, copies, sizes = train.T5.generate, [], []
+
+    def limited(model, ids, *args):
+        sizes.append(len(ids))
+        if len(ids) > most:
+            torch.empty(10**15)
+        copies.append(getattr(QUICK, "copies", None))
+        return generate(model, ids, *args)
+    monkeypatch.setattr(train.T5, "generate", limited)
     model = train.T5(train.T5Config(vocab_size=20, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=1,
                                     num_decoder_layers=1, tie_word_embeddings=False)).eval()
     sources = [[2 + i % 18] * (1 + i * 7 % 5) + [1] for i in range(70)]  # more than one batch, of any lengths
     found = train.translate(model, sources, 1, Namespace(max_length=4, device="cpu"), "teacher")
-    assert len(copies) == 2 and copies[0] is copies[1] is not None, "one block for all batches"
+    assert sizes == {70: [64, 6], 20: [64, 32, 16, 16, 16, 16, 6], 1: [64, 32, 16, 8, 4, 2, *[1] * 70]}[most]
+    assert copies[0] is not None and all(own is copies[0] for own in copies), "one block for all batches"
     assert len(set(map(tuple, found))) > 5, "outputs that are all alike would not show their order"
     for source, ids in zip(sources, found, strict=True):
         alone = model.generate(torch.tensor([source]), 4)[0].tolist()
@@ -616,9 +640,27 @@ def test_second_run_does_not_overwrite_the_first(finished, files, capsys):
     assert (finished / "results.json").read_bytes() == before
 
 
-def test_results_that_are_none_are_named(finished, tmp_path, capsys):
+def test_resume_tries_no_other_device(finished, monkeypatch):
+    tried = []
+    monkeypatch.setattr(train.Parser, "device", staticmethod(lambda name: tried.append(name) or name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.parse_args(["--resume", "--out", str(finished), "--device", "cpu"]).device == "cpu"
+    assert set(tried) == {"cpu"}, "a GPU that is full, or broken, must not stop a run on the CPU"
+
+
+def test_a_row_that_was_removed_is_scored_anew(finished, tmp_path):
+    shutil.copytree(finished, out := tmp_path / "run")
+    results = read_json(out / "results.json")
+    write_json({**results, "rows": {k: row for k, row in results["rows"].items() if k not in ("teacher", "kd 3+2")}},
+               out / "results.json")
+    assert train.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
+    assert read_json(out / "results.json")["rows"] == results["rows"]
+
+
+@pytest.mark.parametrize("rows", ("{}", '{"rows": {"teacher": {}}}', '{"rows": {"teacher": 1}}'))
+def test_results_that_are_none_are_named(finished, tmp_path, capsys, rows):
     shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "results.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "run" / "results.json").write_text(rows, encoding="utf-8")
     assert train.main(["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "results.json: holds no scores" in error.splitlines()[-1]
@@ -931,10 +973,10 @@ def test_a_loss_that_explodes_is_one_line(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where, words", (
-    ("losses", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
-    ("optimizer", ("teacher, step 0", "tokens: lower --batch-tokens or --max-length")),
-    ("pseudo-labels", ("pseudo-labels: 4 beams for 64 sentences", "--max-length")),
-    ("scoring", ("teacher: 3 beams for 10 sentences", "--max-length"))))
+    ("losses", ("teacher, step 0", "tokens: lower --batch-tokens, or begin anew with a lower --max-length")),
+    ("optimizer", ("teacher, step 0", "tokens: lower --batch-tokens, or begin anew with a lower --max-length")),
+    ("pseudo-labels", ("pseudo-labels: 4 beams for a sentence of", "--max-length")),
+    ("scoring", ("teacher: 3 beams for a sentence of", "--max-length"))))
 def test_out_of_memory_is_one_line(files, tmp_path, capsys, monkeypatch, where, words):
     def full(*_, **__):
         torch.empty(10**15)
