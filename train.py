@@ -380,7 +380,7 @@ def start_run(args, pairs):
             "args.json", "log.jsonl", "first-teacher", "teacher", "checkpoint.pt", "frontier.svg", "config.json")):
         raise ValueError(f"{out}: holds a run or a model already: go on with --resume, or choose another --out")
     if not (out / "teacher").exists():
-        later = ["bank.safetensors", "pseudo.json", "baselines", "results.json"]  # all made after the teacher
+        later = ["bank.safetensors", "pseudo.json", "baselines", "results.json", "study"]  # all made after the teacher
         stages = ("teacher", "self-distillation") if (out / "first-teacher").exists() else ("teacher",)
         if not load_checkpoint(out / "checkpoint.pt", *stages):
             later.append("checkpoint.pt")

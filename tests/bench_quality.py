@@ -11,13 +11,15 @@
                                                              # the GPU if there is one (CUDA_VISIBLE_DEVICES= hides it)
     python tests/bench_quality.py RUN teacher                # Hugging Face's T5 instead of ours (needs transformers)
 
-Results are in RUN/study/results.json, models and the picture beside it, and the README's tables are printed at the end.
-A seed is that of the bank or student, its batches and its sample of pairs; the teacher is the run's one, and so is the
-bank of the run's seed. Several processes may work on one run, with a part or a seed each. Not collected by pytest.
-Remove RUN/study after a change of the recipe.
+Results are in RUN/study/results.json, models and the picture beside it, and tables of them are printed at the end. A
+seed is that of the bank or student, its batches and its sample of pairs; the teacher is the run's one, and so is the
+bank of the run's seed. Several processes may work on one run, with a seed each, or parts that train nothing in common:
+beam and tuned come after main. Not collected by pytest. Remove RUN/study after a change of the recipe, of the run's
+bank or of its settings.
 """
 import argparse
 import fcntl
+import importlib.util
 import math
 import random
 import sys
@@ -75,15 +77,22 @@ def main(argv):
     parser.add_argument("run", type=Path)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all but teacher by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="in little, ablations and teacher; by default the run's")
+    parser.add_argument("--steps", type=int, help="in little, ablations and teacher; by default the run's of each")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these ablations")
     parser.add_argument("--students", help='in main, such as "sft:6+6,kd:2+2"; by default all five kinds at 2x, 3x, 6x')
     asked = parser.parse_args(argv)
     for part in set(asked.parts) - set(PARTS):
         raise ValueError(f"{part}: not one of {', '.join(PARTS)}")
+    if asked.steps is not None and asked.steps < 1:
+        raise ValueError(f"--steps {asked.steps}: must be at least 1")
+    if "teacher" in asked.parts and not importlib.util.find_spec("transformers"):
+        raise ValueError("teacher: compares with transformers, which is not installed")
     study, parts = Study(asked.run, asked.steps), asked.parts or [part for part in PARTS if part != "teacher"]
     if not study.own_steps and {"main", "beam", "tuned"} & set(parts):
         raise ValueError("--steps: main, beam and tuned take those of the run; train another one with other --steps")
+    for name in asked.only if asked.only != list(VARIANTS) else ():
+        if not study.has(name):
+            raise ValueError(f"--only {name}: not of a teacher of this depth, or what the run has anyway")
     for part in parts:
         for seed in asked.seeds if part != "speed" else [0]:
             if part == "main":
@@ -116,7 +125,7 @@ class Study:
     def __init__(self, run, steps):
         self.args = parse_args(["--resume", "--out", str(run)])
         self.own_steps = steps in (None, self.args.steps)
-        self.args.steps = steps or self.args.steps
+        self.args.steps, self.teacher_steps = steps or self.args.steps, steps or self.args.teacher_steps
         self.folder = run / "study"
         self.folder.mkdir(exist_ok=True)
         self.file = self.folder / "results.json"
@@ -124,7 +133,7 @@ class Study:
         self.teacher = load_t5(run / "teacher").to(self.args.device)
         self.examples = {name: encode_pairs(self.tokenizer, pairs, self.args.max_length)[0]
                          for name, pairs in self.pairs.items()}
-        self.teacher_outputs = {}  # by set
+        self.teacher_outputs, self.checkpoints = {}, []  # by set; of what this process trains
         self.teacher_labels = None  # for the validation sources
 
     def has(self, name):
@@ -159,6 +168,8 @@ class Study:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 write_json({**self.results(), key: value}, self.file)
             print(key, value, flush=True)
+        while self.checkpoints:  # what they were of is kept by now
+            self.checkpoints.pop().unlink(missing_ok=True)
         return self.results()[key]
 
     def train(self, seed, targets, rows=None):
@@ -192,8 +203,8 @@ class Study:
 
     def loop(self, name, seed):
         """The options of `fit`. A checkpoint of its own, so that another process may train something else."""
-        return dict(seed=seed, dtype=getattr(torch, self.args.dtype),
-                    checkpoint=self.folder / f"{name}.{seed}.pt")
+        self.checkpoints.append(self.folder / f"{name}.{seed}.pt")
+        return dict(seed=seed, dtype=getattr(torch, self.args.dtype), checkpoint=self.checkpoints[-1])
 
     def metric(self, model, part, beams):
         """(what the model makes of a set's sources, lists of ids; the run's metric of it)."""
@@ -287,10 +298,11 @@ def ablation(study, name, seed):
         options["passes"] = 2 * (1 + sum(args.granularities)) / (1 + sum(usual))
     batches = study.train(seed, {args.targets})[args.targets]
     bank = new_bank(teacher, batches, args)
-    started = time.time()
+    loop, started = study.loop(f"{name}-{study.args.steps}", seed), time.time()
+    resumed = loop["checkpoint"].exists()
     train_modules(teacher, bank, batches, args.steps, lr=args.lr, name=f"{name} {seed}",
-                  two_paths=args.paths == "two", **study.loop(f"{name}-{study.args.steps}", seed), **options)
-    scores, n = {"seconds": time.time() - started}, teacher.depths
+                  two_paths=args.paths == "two", **loop, **options)
+    scores, n = {"seconds": None if resumed else time.time() - started}, teacher.depths
     for e, d in study_shapes(teacher, bank):
         model = study.assembly(bank, e, d)
         scores[f"{e}+{d}"] = study.score(model, "valid", e == d and n["encoder"] % e == 0) | study.imitation(model)
@@ -315,8 +327,10 @@ def tuned(study, seed):
 def reference_teacher(study, seed):
     """Our T5 and Hugging Face's, each from its own start, in the same loop on the same batches, scored alike."""
     from transformers import T5Config as Config, T5ForConditionalGeneration
+    if study.args.teacher:
+        raise ValueError("teacher: compares teachers from scratch; this run's was fine-tuned")
     batches, config = study.train(seed, {"data"})["data"], study.teacher.config
-    steps, lr = study.args.steps, study.args.teacher_lr
+    steps, lr = study.teacher_steps, study.args.teacher_lr
 
     def theirs():
         torch.manual_seed(seed)
@@ -360,7 +374,8 @@ def speed(study):
 
 
 def table(results, title):
-    """Markdown: a line a row of that table, the seeds' figures one after the other."""
+    """Markdown: a line a row of that table, means over the seeds; of ablations in each cell divergence; imitation; the
+    metric."""
     rows = {}
     for key, entry in results.items():
         if key.startswith(f"{title}|"):
@@ -373,9 +388,10 @@ def table(results, title):
         shapes = list(dict.fromkeys(shape for own in rows.values() for shape in own[0] if "+" in shape))
         lines = ["| variant | " + " | ".join(shapes) + " |", "|---|" + "---:|" * len(shapes)]
         return "\n".join(lines + [f"| {name} | " + " | ".join(
-            "; ".join(f"{r[shape]['imitation']:.3f}, {r[shape]['divergence']:.3f}"
-                      + (f", {r[shape]['greedy']:.1f}" if "greedy" in r[shape] else "")
-                      for r in own if shape in r) for shape in shapes) + " |" for name, own in rows.items()])
+            "; ".join(f"{mean(r[shape][column] for r in own):.{digits}f}"
+                      for column, digits in (("divergence", 3), ("imitation", 3), ("greedy", 1))
+                      if column in own[0].get(shape, ())) or "–" for shape in shapes) + " |"
+            for name, own in rows.items()])
     if title.startswith("little"):
         return little_lines(rows)
     columns = ("loss", "greedy", "identical")

@@ -1,6 +1,6 @@
 """How fast: every figure a ratio of two things that take turns in one process, with the limit of the machine beside it.
 
-    python tests/bench_speed.py                                # all rows, a few minutes on 2 CPU cores
+    python tests/bench_speed.py                                # all rows, half an hour or more on 2 CPU cores
     python tests/bench_speed.py --only generate train          # some
     python tests/bench_speed.py --device cuda --data DIR       # DIR holds train.en and train.de: the padding row
 
@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assemble import assemble, bytes_read, even_paths, export, parameters, possible_speedup, seconds
-from data import Batches, Tokenizer, encode_pairs, read_pairs, toy_corpus, train_tokenizer
+from data import Batches, encode_pairs, read_pairs, toy_corpus, train_tokenizer
 from distill import CE_ONLY, WEIGHTS, losses, shrink, train_modules, train_student
 from model import T5, Parser, T5Config, checkpoint_name, command_line, load_t5, quick_products
 from modules import Bank, replacement_rate
@@ -33,6 +33,7 @@ from train import keep_heap
 HERE = dict(eos_token_id=0, pad_token_id=1, decoder_start_token_id=5)  # ids that random weights do not run into
 SMALL = dict(d_model=512, d_kv=64, d_ff=2048, num_heads=8, num_layers=6, num_decoder_layers=6, **HERE)
 BASE = dict(d_model=768, d_kv=64, d_ff=3072, num_heads=12, num_layers=12, num_decoder_layers=12, **HERE)
+NARROW = dict(SMALL, d_model=256, d_ff=1024, vocab_size=8000)
 BATCH = (124, 16, 17)  # sentences, source and target tokens: 4,092 tokens of Multi30k's mean lengths
 
 
@@ -43,10 +44,11 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def alternate(device, *runs, rounds):
-    """Seconds of each run in each round, (rounds, runs): they take turns, after one round to warm up."""
+def alternate(device, *runs, rounds, warm_up=1):
+    """Seconds of each run in each round, (rounds, runs): they take turns, after some rounds to warm up. Copies of
+    `quick_products` are made in the first two calls."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         times.append([])
         for run in runs:
             synchronize(device)
@@ -54,7 +56,7 @@ def alternate(device, *runs, rounds):
             run()
             synchronize(device)
             times[-1].append(time.perf_counter() - start)
-    return np.array(times[1:])
+    return np.array(times[warm_up:])
 
 
 def show(work, times, target, limit=""):
@@ -80,9 +82,9 @@ def matrix_rate(device, dtype):
 
 # ---- models
 
-def make(shape, device="cpu", **changes):
+def make(shape, device="cpu"):
     torch.manual_seed(0)
-    return T5(T5Config(**{**shape, **changes})).to(device).eval()
+    return T5(T5Config(**shape)).to(device).eval()
 
 
 def hugging_face(model):
@@ -135,8 +137,10 @@ def generate(device, tokens=32):
                 show(work, alternate(device, ours, other, rounds=5), target, limit)
                 if device == "cpu":
                     with quick_products():
-                        show(work + ", one of many calls", alternate(device, ours, other, rounds=5), target, limit)
-            if device == "cpu" and dtype is torch.float32 and rows == 1 and importlib.util.find_spec("ctranslate2"):
+                        times = alternate(device, ours, other, rounds=5, warm_up=2)
+                        show(work + ", one of many calls", times, target, limit)
+            if theirs and device == "cpu" and dtype is torch.float32 and rows == 1 and importlib.util.find_spec(
+                    "ctranslate2"):  # whose converter needs transformers
                 with quick_products():  # CTranslate2, too, makes its copies of the weights before the first call
                     show(f"greedy, {tokens} tokens, against CTranslate2", against_ctranslate2(model, source, tokens),
                          "1.0x", limit)
@@ -147,8 +151,8 @@ def against_ctranslate2(model, source, tokens):
     import ctranslate2
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        train_tokenizer((text for pair in toy_corpus(500, seed=0) for text in pair), folder / "spiece.model", 100)
-        tokenizer = Tokenizer(folder)
+        texts = (text for pair in toy_corpus(500, seed=0) for text in pair)
+        tokenizer = train_tokenizer(texts, folder / "spiece.model", 100)
         source = source % (len(tokenizer.pieces) - 6) + 6  # pieces that this tokenizer has
         export(model, folder / "spiece.model", folder / "t5")
         ctranslate2.converters.TransformersConverter(str(folder / "t5")).convert(str(folder / "ct2"))
@@ -158,6 +162,7 @@ def against_ctranslate2(model, source, tokens):
             return translator.translate_batch(pieces, beam_size=1, min_decoding_length=tokens,
                                               max_decoding_length=tokens)[0].hypotheses[0]
         rounds = []
+        model.generate(source, tokens)  # each round's own warm-up is the second call: see `alternate`
         for _ in range(5):
             mine = alternate("cpu", lambda: model.generate(source, tokens), rounds=1)
             # Loaded anew each time: while its threads exist torch's run at 0.6 times their speed, even if they sleep.
@@ -207,9 +212,9 @@ def train(device):
 
 def replace(device):
     """Module replacing against fine-tuning the teacher, and one bank against nine students, through the real loops. The
-    replacement rate is the mean of a run's, as paths are longer while it rises; ten steps, as of two paths four steps
-    of seed 0 happen to draw short ones."""
-    teacher = make(dict(SMALL, num_layers=12, num_decoder_layers=12), device, d_model=256, d_ff=1024, vocab_size=8000)
+    replacement rate is the mean of a run's, as paths are longer while it rises. On a GPU 30 steps, whose paths of seed
+    0 are as long as a run's; on a CPU 10, whose are longer by 4 to 6 %."""
+    teacher, steps = make(dict(NARROW, num_layers=12, num_decoder_layers=12), device), 30 if device == "cuda" else 10
     loop = dict(lr=1e-4, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     rate = np.mean([replacement_rate(step, 1000) for step in range(1000)])
     replacing = functools.partial(train_modules, rate_start=rate, rate_rise=math.inf, **loop)
@@ -217,9 +222,10 @@ def replace(device):
     if device == "cuda":  # what they are for
         ways[", two paths"] = functools.partial(replacing, two_paths=True)
     for way, function in ways.items():
-        bank, batches = against_tuning(teacher, device, f"12+12 layers, d_model 256{way}", function, loop)
+        bank, batches = against_tuning(teacher, device, f"12+12 layers, d_model 256{way}", function, loop, steps)
         if device == "cuda":  # where such layers are too small to fill it
-            against_tuning(make(BASE, device), device, f"T5-base's shape, 16 times the batch{way}", function, loop, 16)
+            against_tuning(make(BASE, device), device, f"T5-base's shape, 16 times the batch{way}", function, loop,
+                           steps, times=16)
     students = [shrink(teacher, k, k) for k in (11, 10, 9, 8, 6, 5, 4, 3, 2)]
 
     def nine():
@@ -230,7 +236,7 @@ def replace(device):
         show(f"one bank against nine KD students, the same number of steps each{way}", times, "≥ 3x")
 
 
-def against_tuning(teacher, device, shape, replacing, loop, times=1, steps=10):
+def against_tuning(teacher, device, shape, replacing, loop, steps, times=1):
     """One row; returns the bank and the batches."""
     rows, *lengths = BATCH
     batches = [[torch.randint(6, 8000, (times * rows, length)) for length in lengths]] * steps
@@ -254,7 +260,7 @@ def assembly(device, tokens=32):
         possible = possible_speedup(teacher, small, tokens)
         with quick_products():
             times = alternate(device, lambda: seconds(small, source, tokens), lambda: seconds(teacher, source, tokens),
-                              rounds=7)
+                              rounds=7, warm_up=2)
         share = np.median(times[:, 1]) / np.median(times[:, 0]) / possible
         show(f"2+2 assembly against its 12+12 teacher, {str(dtype)[6:]}", times, "85 %" if device == "cpu" else "70 %",
              f"bytes read allow {possible:.2f}x: {100 * share:.0f} % of it")
@@ -303,11 +309,11 @@ def load(device):
 
 def scale(device):
     """Is the cost linear in the layers and in the generated tokens? A line through four points each."""
-    shape = dict(SMALL, d_model=256, d_ff=1024, vocab_size=8000)
     source = torch.randint(6, 8000, (1, 16), device=device)
-    models = {k: make(dict(shape, num_layers=k, num_decoder_layers=k), device) for k in (2, 4, 8, 16)}
+    models = {k: make(dict(NARROW, num_layers=k, num_decoder_layers=k), device) for k in (2, 4, 8, 16)}
     with quick_products():
-        deep = alternate(device, *(lambda m=m: seconds(m, source, 24) for m in models.values()), rounds=7)
+        deep = alternate(device, *(lambda m=m: seconds(m, source, 24) for m in models.values()), rounds=7,
+                         warm_up=2)
         long = alternate(device, *(lambda n=n: seconds(models[4], source, n) for n in (32, 64, 128, 256)), rounds=7)
     for name, x, times in (("layers", list(models), deep), ("generated tokens", [32, 64, 128, 256], long)):
         y = np.median(times, axis=0)
@@ -329,10 +335,15 @@ def main(argv):
     parser.add_argument("--data", type=Path, help="a folder with train.en and train.de")
     parser.add_device()
     args = parser.parse_args(argv)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     args.device = torch.device(args.device).type
     args.only = args.only or [*ROWS, *["padding"] * bool(args.data)]
     if "padding" in args.only and not args.data:
         raise ValueError("--only padding needs --data")
+    for name in ("train.en", "train.de") if args.data else ():
+        if not (args.data / name).exists():
+            raise FileNotFoundError(f"{args.data / name}: missing")
     print(f"{args.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, bandwidth "
           f"{bandwidth(args.device) / 1e9:.0f} GB/s, products " + ", ".join(
               f"{matrix_rate(args.device, dtype) / 1e9:,.0f} GFLOP/s in {str(dtype)[6:]}"

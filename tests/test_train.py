@@ -920,11 +920,12 @@ def test_resume_puts_right_what_was_left(finished, tmp_path, monkeypatch):
     assert all(rows[name]["share"] >= 0 for name in gone), "its scores too, but no others"
 
 
-@pytest.mark.parametrize("name", ("bank.safetensors", "pseudo.json", "baselines", "results.json"))
+@pytest.mark.parametrize("name", ("bank.safetensors", "pseudo.json", "baselines", "results.json", "study"))
 def test_what_another_teacher_left_is_named(finished, tmp_path, capsys, name):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    for other in {"teacher", "bank.safetensors", "pseudo.json", "baselines", "results.json"} - {name}:
+    (out / "study").mkdir()  # of tests/bench_quality.py
+    for other in {"teacher", "bank.safetensors", "pseudo.json", "baselines", "results.json", "study"} - {name}:
         remove(out / other)
     assert train.main(["--resume", "--out", str(out)]) == 2
     assert f"{name}: of a teacher that is no longer there: remove it, too\n" in capsys.readouterr().err
