@@ -303,8 +303,8 @@ def train_modules(teacher, bank, batches, steps, seed=0, weights=WEIGHTS, rate_s
 
 
 def train_student(student, batches, steps, teacher=None, weights=None, dropout=True, **loop):
-    """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the
-    teacher's, or one for one where it distills itself. Without: shrink-and-fine-tune, pseudo-labels, or the teacher.
+    """Train all of a plain T5. With a teacher: distillation, the student's layers spread evenly over the teacher's, or
+    one for one where it distills itself. Without: shrink-and-fine-tune, pseudo-labels, or the teacher.
     weights: by default WEIGHTS with a teacher, else CE_ONLY. dropout: at the student's own rate, or none. **loop goes
     to `fit`. Raises ValueError for other terms without a teacher, and for a student that is deeper than it."""
     weights = weights or (WEIGHTS if teacher is not None else CE_ONLY)

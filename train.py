@@ -554,7 +554,8 @@ def ended(ids, eos, max_length):
 @quick_products()
 def translate(model, sources, num_beams, args, name):
     """Lists of ids -> lists of ids, in order; batches of like length, so that little is padding, and of half as many
-    sentences where the memory is too small: outputs do not depend on their batch. Raises MemoryError if one is."""
+    sentences where the memory is too small: outputs do not depend on their batch. Raises MemoryError where it is too
+    small for one."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     outputs, size, done = [None] * len(order), 64, 0
     with tqdm(total=len(order), desc=name, leave=False, disable=processes()[0] > 0 or None) as bar:
