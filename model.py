@@ -828,7 +828,8 @@ def load_t5(path):
     embedding = next((weights[name] for name in aliases if name in weights), None)
     head = weights.get("lm_head.weight", embedding)
 
-    def same(a, b):  # of whatever dtypes
+    def same(a, b):
+        """Have they the same numbers, of whatever dtypes?"""
         return a is b or torch.equal(a.float(), b.float())
     for name in ("shared.weight", *ALIASES):
         if name in weights and not same(weights[name], embedding):

@@ -78,7 +78,7 @@ def main(argv):
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all but teacher by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="in little, ablations and teacher; by default the run's of each")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these ablations")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these ablations")
     parser.add_argument("--students", help='in main, such as "sft:6+6,kd:2+2"; by default all five kinds at 2x, 3x, 6x')
     asked = parser.parse_args(argv)
     for part in set(asked.parts) - set(PARTS):
@@ -90,9 +90,11 @@ def main(argv):
     study, parts = Study(asked.run, asked.steps), asked.parts or [part for part in PARTS if part != "teacher"]
     if not study.own_steps and {"main", "beam", "tuned"} & set(parts):
         raise ValueError("--steps: main, beam and tuned take those of the run; train another one with other --steps")
-    for name in asked.only if asked.only != list(VARIANTS) else ():
+    for name in asked.only or ():
         if not study.has(name):
             raise ValueError(f"--only {name}: not of a teacher of this depth, or what the run has anyway")
+    if "teacher" in parts and study.args.teacher:
+        raise ValueError("teacher: compares teachers from scratch; this run's was fine-tuned")
     for part in parts:
         for seed in asked.seeds if part != "speed" else [0]:
             if part == "main":
@@ -105,7 +107,7 @@ def main(argv):
             elif part == "little":
                 little_data(study, seed)
             elif part == "ablations":
-                for name in filter(study.has, asked.only):
+                for name in asked.only or filter(study.has, VARIANTS):
                     study.measured(f"ablation {study.args.steps}", name, seed, lambda: ablation(study, name, seed))
             elif part == "tuned":
                 tuned(study, seed)
@@ -144,6 +146,10 @@ class Study:
     def granularities(self, n):
         """Those of the run's bank in a stack of n layers."""
         return self.args.granularities or default_granularities(n)
+
+    def settings(self, **changes):
+        """The run's, with some changes."""
+        return argparse.Namespace(**{**vars(self.args), **changes})
 
     def sizes(self):
         """(encoder, decoder) depths at 2x, 3x and 6x, those that the run's bank can make."""
@@ -192,11 +198,11 @@ class Study:
             save_bank(bank, file)
         return load_bank(file, self.teacher).to(self.args.device).eval()
 
-    def student(self, kind, encoder, decoder, name, batches, seed, **settings):
-        """The static student of that name, trained, with other settings than the run's, if it is not there."""
-        folder, args = self.folder / name, argparse.Namespace(**{**vars(self.args), **settings})
+    def student(self, kind, encoder, decoder, name, batches, seed, **changes):
+        """The static student of that name, trained, with those changes of the settings, if it is not there."""
+        folder = self.folder / name
         if not folder.exists():
-            model = train_baseline(kind, encoder, decoder, self.teacher, batches, args, name,
+            model = train_baseline(kind, encoder, decoder, self.teacher, batches, self.settings(**changes), name,
                                    self.loop(name, seed), lambda model: self.score(model, "valid", False)["loss"])
             export(model, self.args.out / "spiece.model", folder)
         return load_t5(folder).to(self.args.device)
@@ -291,7 +297,7 @@ def ablation(study, name, seed):
     Its rows: in the recipe the granularities share two batches in proportion, 2 * g / (1 + 2 + 3 + 4 + 6) of one for g
     of 12 layers; beside granularity 1 alone that takes 2 * (1 + g) / 16 passes."""
     variant, teacher = VARIANTS[name], study.teacher
-    args = argparse.Namespace(**{**vars(study.args), **variant.get("settings", {})})
+    args = study.settings(**variant.get("settings", {}))
     options = dict(variant.get("options", {}))
     if "its rows" in variant:
         usual = study.granularities(teacher.depths["decoder"])
@@ -327,8 +333,6 @@ def tuned(study, seed):
 def reference_teacher(study, seed):
     """Our T5 and Hugging Face's, each from its own start, in the same loop on the same batches, scored alike."""
     from transformers import T5Config as Config, T5ForConditionalGeneration
-    if study.args.teacher:
-        raise ValueError("teacher: compares teachers from scratch; this run's was fine-tuned")
     batches, config = study.train(seed, {"data"})["data"], study.teacher.config
     steps, lr = study.teacher_steps, study.args.teacher_lr
 
