@@ -62,6 +62,7 @@ FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning
                  **dict.fromkeys(SHAPE))          # it brings its own
 ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # what does not differ
 NOT_OF_THE_RUN = ("out", "resume", "device")  # each command line has its own
+SUMS = ("train_sha256", "valid_sha256", "test_sha256")  # of the pairs: no options, but kept among the settings
 CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: a training step's memory, and how far it goes
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
@@ -160,6 +161,7 @@ def read_settings(file, parser):
     """A run's args.json -> its settings by name, read as the options they came from, so that they are checked like
     these. Raises ValueError naming the file."""
     settings, words = read_json(file), []
+    sums = {name: settings.pop(name) for name in SUMS if name in settings}
     brought = SHAPE if settings.get("teacher") else ()
     if missing := [name for name in {**REAL, **ALWAYS} if settings.get(name) is None and name not in brought]:
         raise ValueError(f"{file}: lacks {', '.join(missing)}")
@@ -174,7 +176,7 @@ def read_settings(file, parser):
         check_numbers(settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return settings
+    return {**settings, **sums}
 
 
 def check_numbers(settings):
@@ -366,10 +368,22 @@ def tenth(record):
 
 
 def read_data(args):
-    """{"train": [(source, target), ...], "valid": ..., "test": ...} of the files asked for, or of the toy task."""
-    if not args.train:
-        return dict(zip(("train", "valid", "test"), toy_splits(args.seed, 20000, 500, 500)))
-    return {name: read_pairs(*getattr(args, name), prefix=args.prefix) for name in ("train", "valid", "test")}
+    """{"train": [(source, target), ...], "valid": ..., "test": ...} of the files asked for, or of the toy task. Their
+    sums become settings, by which --resume knows them. Raises ValueError for pairs that are not those of the run."""
+    names = ("train", "valid", "test")
+    pairs = dict(zip(names, toy_splits(args.seed, 20000, 500, 500))) if not args.train else {
+        name: read_pairs(*getattr(args, name), prefix=args.prefix) for name in names}
+    for name, own in zip(SUMS, pairs.values()):
+        if getattr(args, name, mine := sha256(own)) != mine:
+            raise ValueError(f"{args.out}: the pairs of --{name.partition('_')[0]} are not those that this run began "
+                             f"with: bring back the old file, or begin anew with another --out")
+        setattr(args, name, mine)
+    return pairs
+
+
+def sha256(texts):
+    """Of a list of texts or pairs, or of ids: whether it is the one that was there before."""
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
 def start_run(args, pairs):
@@ -525,7 +539,7 @@ def relabel(teacher, batches, args, folder=None):
     interruption loses one portion. Raises ValueError naming that file if it is of other sources."""
     file = (folder or args.out) / "pseudo.json"
     sources = [source for source, _ in batches.examples]
-    made = {"sources": hashlib.sha256(repr(sources).encode()).hexdigest(), "targets": []}
+    made = {"sources": sha256(sources), "targets": []}
     if file.exists():
         stored = read_json(file)
         if stored.get("sources") != made["sources"] or not isinstance(stored.get("targets"), list):

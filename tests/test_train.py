@@ -648,6 +648,25 @@ def test_resume_tries_no_other_device(finished, monkeypatch):
     assert set(tried) == {"cpu"}, "a GPU that is full, or broken, must not stop a run on the CPU"
 
 
+@pytest.mark.parametrize("option", ("train", "valid", "test"))
+def test_resume_knows_its_data(finished, files, tmp_path, capsys, option):
+    """Half of a bank trained on one file and half on another, or scores on two, would be no error, only wrong."""
+    shutil.copytree(files, tmp_path / "data")
+    shutil.copytree(finished, out := tmp_path / "run")
+    settings = {name: [value.replace(str(files), str(tmp_path / "data")) for value in values]
+                if name in ("train", "valid", "test") else values
+                for name, values in read_json(out / "args.json").items()}
+    write_json(settings, out / "args.json")
+    train.read_data(args := train.parse_args(["--resume", "--out", str(out)]))  # the same, elsewhere
+    file = Path(getattr(args, option)[-1])
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("a", "b", 1), encoding="utf-8")
+    assert train.main(["--resume", "--out", str(out)]) == 2
+    assert f"run: the pairs of --{option} are not those that this run began with" in capsys.readouterr().err
+    write_json({k: v for k, v in settings.items() if not k.endswith("sha256")}, out / "args.json")
+    train.read_data(train.parse_args(["--resume", "--out", str(out)]))  # of an older version, which kept no sums
+
+
 def test_a_row_that_was_removed_is_scored_anew(finished, tmp_path):
     shutil.copytree(finished, out := tmp_path / "run")
     results = read_json(out / "results.json")
