@@ -62,7 +62,8 @@ FINE_TUNE = dict(REAL, teacher_lr=1e-3, lr=5e-3,  # T5's own rate of fine-tuning
                  **dict.fromkeys(SHAPE))          # it brings its own
 ALWAYS = dict(seed=0, prefix="", num_beams=1, init="calibrated")  # what does not differ
 NOT_OF_THE_RUN = ("out", "resume", "device")  # each command line has its own
-SUMS = ("train_sha256", "valid_sha256", "test_sha256")  # of the pairs: no options, but kept among the settings
+DATA = ("train", "valid", "test")
+SUMS = [f"{name}_sha256" for name in DATA]  # of the pairs: no options, but kept among the settings
 CHANGEABLE = ("batch_tokens", "lr", "teacher_lr")  # by --resume: a training step's memory, and how far it goes
 PSEUDO_BEAMS = 4  # of the teacher, where its outputs are what others learn
 CALIBRATION = 8  # batches for fitting the modules before the first step
@@ -126,7 +127,7 @@ def parse_args(argv):
         args = argparse.Namespace(**{**settings, **given, "out": args.out, "device": args.device, "resume": True})
         check_numbers(vars(args))
         return args
-    given = [name for name in ("train", "valid", "test") if getattr(args, name)]
+    given = [name for name in DATA if getattr(args, name)]
     if len(given) not in (0, 3):
         raise ValueError(f"--train, --valid and --test go together; only {', '.join(given)} came")
     if args.teacher == "":
@@ -167,7 +168,7 @@ def read_settings(file, parser):
         raise ValueError(f"{file}: lacks {', '.join(missing)}")
     for name, value in settings.items():
         option = f"--{name.replace('_', '-')}"
-        if name in ("train", "valid", "test") and isinstance(value, list):
+        if name in DATA and isinstance(value, list):
             words += [option, *map(str, value)]
         elif value is not None:
             words.append(f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}")
@@ -370,14 +371,16 @@ def tenth(record):
 def read_data(args):
     """{"train": [(source, target), ...], "valid": ..., "test": ...} of the files asked for, or of the toy task. Their
     sums become settings, by which --resume knows them. Raises ValueError for pairs that are not those of the run."""
-    names = ("train", "valid", "test")
-    pairs = dict(zip(names, toy_splits(args.seed, 20000, 500, 500))) if not args.train else {
-        name: read_pairs(*getattr(args, name), prefix=args.prefix) for name in names}
-    for name, own in zip(SUMS, pairs.values()):
-        if getattr(args, name, mine := sha256(own)) != mine:
-            raise ValueError(f"{args.out}: the pairs of --{name.partition('_')[0]} are not those that this run began "
-                             f"with: bring back the old file, or begin anew with another --out")
-        setattr(args, name, mine)
+    if args.train:
+        pairs = {name: read_pairs(*getattr(args, name), prefix=args.prefix) for name in DATA}
+    else:
+        pairs = dict(zip(DATA, toy_splits(args.seed, 20000, 500, 500)))
+    for name, kept in zip(DATA, SUMS):
+        found = sha256(pairs[name])
+        if getattr(args, kept, found) != found:
+            raise ValueError(f"{args.out}: the pairs of --{name} are not those that this run began with: bring back "
+                             f"the old file, or begin anew with another --out")
+        setattr(args, kept, found)
     return pairs
 
 
